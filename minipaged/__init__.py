@@ -1,0 +1,30 @@
+"""minipaged: the memory design of the PagedAttention paper (Kwon et al., SOSP '23), to be read and run.
+
+    from minipaged import LLM, SamplingParams
+
+    with LLM("tiny-opt") as llm:
+        print(llm.generate("Four score and seven years ago our", SamplingParams(temperature=0)))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import errors
+from .chaos import Chaos
+from .params import BeamSearchParams, EngineConfig, SamplingParams
+from .trace import Trace
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "BeamSearchOutput", "BeamSearchParams", "Chaos", "CompletionOutput", "EngineConfig", "RequestOutput",
+           "SamplingParams", "Trace", "errors"]
+
+# These bring torch along, which takes a second; it is imported when first needed.
+_LAZY = {"LLM": ".llm", "RequestOutput": ".outputs", "CompletionOutput": ".outputs", "BeamSearchOutput": ".outputs"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,140 @@
+"""The `minipaged` command. Each subcommand is a function of its parsed arguments that returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from .errors import MinipagedError, TraceError
+from .params import SamplingParams
+from .trace import Trace
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+FAILED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class NoNotebooks(MinipagedError, FileNotFoundError):
+    """The notebooks are not where the package was installed from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Parameters
+    ----------
+    argv : sequence of str or None
+        The arguments after the command's name; None: those of this process.
+
+    Returns
+    -------
+    int
+        0, or 2 after a named error, 130 after Ctrl-C, 141 if the reader of the output went away.
+    """
+    parser = _parser()
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.run is not lab:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    try:
+        return args.run(args)
+    except MinipagedError as error:
+        print(f"minipaged: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go; without this Python complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minipaged", description="PagedAttention, to be read and run.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    command = commands.add_parser("lab", help="open JupyterLab at the first notebook", allow_abbrev=False,
+                                  epilog="Other options go to JupyterLab, for example --port 9000.")
+    command.set_defaults(run=lab)
+
+    command = commands.add_parser("generate", help="continue a text, then show its block table")
+    command.set_defaults(run=generate)
+    command.add_argument("prompt", help="the text to continue")
+    command.add_argument("--model", default="tiny-opt", help="tiny-opt, a folder, or a Hugging Face name")
+    command.add_argument("--block-size", type=int, default=4,
+                         help="tokens per KV block (default: 4, as in the paper's Figure 6)")
+    command.add_argument("--trace", type=Path, metavar="FILE", help="write what happens to memory, as JSON Lines")
+    command.add_argument("--max-tokens", type=int, default=32, help="tokens to generate at most (default: 32)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
+    command.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
+    command.add_argument("--seed", type=int, help="makes sampling repeatable")
+    return parser
+
+
+def lab(args: argparse.Namespace) -> int:
+    """Serve JupyterLab until it is stopped."""
+    options = lab_options(CHECKOUT, args.rest)
+    from jupyterlab.labapp import LabApp  # takes a second; no other subcommand needs it
+
+    LabApp.launch_instance(options)
+    return 0
+
+
+def lab_options(checkout: Path, rest: Sequence[str]) -> list[str]:
+    """What to start JupyterLab with, here: as root or not, with a screen or without.
+
+    Parameters
+    ----------
+    checkout : Path
+        The folder that holds ``notebooks/``.
+    rest : sequence of str
+        The user's own options; they come last and so prevail.
+
+    Raises
+    ------
+    NoNotebooks
+        ``checkout`` has no notebook 01.
+    """
+    first = next((checkout / "notebooks").glob("01_*.ipynb"), None)
+    if first is None:
+        raise NoNotebooks(f"there is no notebook 01_*.ipynb in {checkout / 'notebooks'}; clone the repository and "
+                          "install it from there with: pip install -e .")
+    # The first page, not a file to open: only this is part of the address that is printed without a browser.
+    options = [f"--ServerApp.root_dir={checkout}", f"--LabApp.default_url=/lab/tree/notebooks/{first.name}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        options.append("--no-browser")
+    return [*options, *rest]
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Print the text token by token, then the block table that its keys and values lay in."""
+    params = SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                            max_tokens=args.max_tokens, seed=args.seed)
+    with closing(_trace(args.trace)) as trace:
+        from minipaged import LLM  # brings torch along
+
+        with LLM(args.model, trace=trace, block_size=args.block_size) as llm:
+            print(args.prompt, end="", flush=True)
+            shown = 0
+            for output in llm.stream(args.prompt, params):
+                print(output.outputs[0].text[shown:], end="", flush=True)
+                shown = len(output.outputs[0].text)
+            print(f"\n\n{output.block_tables[0]}")
+    return 0
+
+
+def _trace(path: Path | None) -> Trace:
+    try:
+        return Trace(path)
+    except OSError as error:
+        raise TraceError(f"cannot write the trace: {error}; name a file in a folder that you may write to") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The tensors behind the blocks: one chunk of device memory, cut into blocks (§4.2)."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of all layers, block by block.
+
+    Parameters
+    ----------
+    num_layers, num_blocks, num_host_blocks, block_size, num_kv_heads, head_dim : int
+        The shape. One block number names the same row of every layer's key and value tensor.
+    dtype : torch.dtype
+        Of the elements.
+    device : torch.device
+        Where the chunk lies.
+
+    Attributes
+    ----------
+    data : Tensor [layers, 2 (key, value), blocks, block_size, kv_heads, head_dim]
+        The one chunk; ``data.nbytes`` are its bytes.
+    host : Tensor [layers, 2, host blocks, block_size, kv_heads, head_dim]
+        The same in main memory, for swapped-out blocks (§4.5).
+
+    Source: §4.2 "block engine"; §4.1 footnote 1 (one table for all layers and heads).
+    """
+
+    def __init__(self, num_layers: int, num_blocks: int, num_host_blocks: int, block_size: int, num_kv_heads: int,
+                 head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.block_size = block_size
+        per_block = block_size, num_kv_heads, head_dim
+        self.data = torch.empty(num_layers, 2, num_blocks, *per_block, dtype=dtype, device=device)
+        self.host = torch.empty(num_layers, 2, num_host_blocks, *per_block, dtype=dtype,
+                                pin_memory=device.type == "cuda" and num_host_blocks > 0)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value tensor of a layer, each [blocks, block_size, kv_heads, head_dim]."""
+        keys, values = self.data[index]
+        return keys, values
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """All copy-on-write copies of an iteration in one call (§5.1 "fused block copy").
+
+        Parameters
+        ----------
+        pairs : list[(source, destination)]
+            A source may also be a destination: all sources are read before any destination is written.
+        """
+        _copy(self.data, self.data, pairs)
+
+    def swap_out(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy device blocks to host blocks; ``pairs`` are (device, host)."""
+        _copy(self.data, self.host, pairs)
+
+    def swap_in(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy host blocks to device blocks; ``pairs`` are (host, device)."""
+        _copy(self.host, self.data, pairs)
+
+    def poison(self, blocks: list[int]) -> None:
+        """Fill blocks with NaN, so that whoever reads them after their release shows it."""
+        if blocks:
+            self.data[:, :, torch.tensor(blocks, device=self.data.device)] = float("nan")
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor, pairs: list[tuple[int, int]]) -> None:
+    if pairs:
+        read, write = torch.tensor(pairs).T
+        blocks = source[:, :, read.to(source.device)]  # [layers, 2, pairs, block_size, kv_heads, head_dim]
+        target[:, :, write.to(target.device)] = blocks.to(target.device)

@@ -1,0 +1,309 @@
+"""Gives every sequence its block table; the only operations are allocate, append, fork, free and swap (§4.2-§4.5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .. import trace as ev
+from ..display import html_table, text_table
+from ..errors import OutOfBlocks
+from .blocks import BlockAllocator
+from .plan import Plan, blocks_needed, make_plans
+from .prefix import PrefixCachingAllocator, block_key
+from .table import BlockTable
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from ..sequence import Sequence, SequenceGroup
+    from ..trace import Trace
+
+
+class BlockSpaceManager:
+    """Gives every sequence its block table, out of a device and a host pool.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens per block.
+    num_gpu_blocks, num_cpu_blocks : int
+        Blocks of the device and of the host pool.
+    watermark : float
+        Share of the device pool left free when a request is admitted beside others, so that those can still grow.
+        The paper has none; vLLM v0.1 leaves 0.01.
+    enable_prefix_caching : bool
+        Find full blocks again by their contents.
+    trace : Trace or None
+        Where what happens is told.
+
+    Source: §4.2 "KV cache manager", Figure 4.
+    """
+
+    def __init__(self, block_size: int, num_gpu_blocks: int, num_cpu_blocks: int, watermark: float = 0.01,
+                 enable_prefix_caching: bool = False, trace: "Trace | None" = None) -> None:
+        self.block_size, self.trace, self.caching = block_size, trace, enable_prefix_caching
+        self.device = (PrefixCachingAllocator if enable_prefix_caching else BlockAllocator)(num_gpu_blocks, "device")
+        self.host = BlockAllocator(num_cpu_blocks, "host")
+        self.watermark_blocks = int(watermark * num_gpu_blocks)
+        self.block_tables: dict[int, BlockTable] = {}
+        self.swapped: set[int] = set()  # sequences whose tables name host blocks
+        self.prefixes: dict[int, list[int]] = {}  # pinned by the provider: sequence that reads it, its tokens
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens: ceil(tokens / block size)."""
+        return -(-num_tokens // self.block_size)
+
+    def can_allocate(self, group: "SequenceGroup", beside_others: bool) -> bool:
+        """Whether the group's tokens fit now; beside other requests the watermark stays free."""
+        return self.device.num_free - blocks_needed(self._plan(group), self.device) >= (self.watermark_blocks if beside_others else 0)
+
+    def allocate(self, group: "SequenceGroup") -> list[tuple[int, int]]:
+        """Give each sequence blocks for its tokens and no more (§4.3: "as tokens need them").
+
+        Leading blocks whose keys and values are there already are shared: those of a registered prefix, those found
+        by the hash chain, and those that two sequences of the group have in common when both are computed anew.
+        ``seq.num_computed`` then says how many tokens need not go through the model; the last one always does, since
+        its logits are wanted.
+
+        Returns
+        -------
+        list[(src, dst)]
+            Copies to make before the model runs, as in `append_slot`.
+
+        Raises
+        ------
+        OutOfBlocks
+            They do not fit; nothing is allocated then.
+        """
+        if not self.can_allocate(group, beside_others=False):
+            raise OutOfBlocks(f"request {group.request_id} does not fit in {self.device.num_free} free blocks; "
+                              "ask can_allocate first")
+        plans, made, copies = self._plan(group), {}, []
+        for plan in plans:  # all that is found, before anything is handed out: it might be what was found
+            table = self.block_tables[plan.seq.seq_id] = BlockTable(self.block_size, [], 0)
+            for block in plan.reused:
+                self._share(plan.seq, table, block)
+        for plan in plans:
+            copies += self._fill(plan, made)
+        return copies
+
+    def _plan(self, group: "SequenceGroup") -> list[Plan]:
+        prefixes = [(tokens, self.block_tables[seq_id].blocks) for seq_id, tokens in self.prefixes.items()]
+        return make_plans(group, self.device, self.block_size, prefixes)
+
+    def _fill(self, plan: Plan, made: dict["Hashable", int]) -> list[tuple[int, int]]:
+        seq, table, copies = plan.seq, self.block_tables[plan.seq.seq_id], []
+        table.num_shared = plan.covered
+        for logical in range(plan.first_own, len(plan.keys)):
+            key = plan.keys[logical]
+            if logical < len(table.blocks):
+                copies += self._copy_on_write(seq, table, made.get(key))
+            elif key in made:
+                self._share(seq, table, made[key])
+            else:
+                self._extend(seq, table)
+            if key in made:
+                table.num_shared = min((logical + 1) * self.block_size, len(seq.token_ids))
+            made[key] = table.blocks[logical]
+        table.num_tokens = len(seq.token_ids)
+        table.keys = list(plan.keys[:table.num_tokens // self.block_size]) if self.caching else []
+        seq.num_computed = min(table.num_shared, len(seq.token_ids) - 1)
+        self._tell(ev.Write, seq=seq.seq_id, start=table.num_shared, end=table.num_tokens)
+        return copies
+
+    # ---- the three ways to get a block -----------------------------------------------------------------------
+
+    def _extend(self, seq: "Sequence", table: BlockTable) -> None:
+        table.blocks.append(self.device.allocate())
+        self._tell(ev.Allocate, seq=seq.seq_id, logical=len(table.blocks) - 1, block=table.blocks[-1])
+
+    def _share(self, seq: "Sequence", table: BlockTable, block: int) -> None:
+        self.device.share(block)
+        table.blocks.append(block)
+        self._tell(ev.Share, seq=seq.seq_id, logical=len(table.blocks) - 1, block=block)
+
+    def _copy_on_write(self, seq: "Sequence", table: BlockTable, copied: int | None = None) -> list[tuple[int, int]]:
+        """Move the last entry of a table from a shared block to a copy of its own, or to one that exists (§4.4)."""
+        source = table.blocks[-1]
+        if copied is None:
+            target = self.device.allocate()
+        else:
+            target = copied
+            self.device.share(target)
+        table.blocks[-1] = target
+        self.device.free(source)
+        self._tell(ev.Copy, seq=seq.seq_id, logical=len(table.blocks) - 1, src=source, dst=target)
+        return [(source, target)] if copied is None else []
+
+    # ---- decoding --------------------------------------------------------------------------------------------
+
+    def can_append_slots(self, group: "SequenceGroup") -> bool:
+        """Whether each sequence of the group can take one more token now."""
+        seqs = group.unfinished
+        if len(seqs) == 1:
+            table = self.block_tables[seqs[0].seq_id]
+            needed = table.is_full or self.device.ref_counts[table.blocks[-1]] > 1
+        else:
+            needed = self._blocks_to_append([self.block_tables[seq.seq_id] for seq in seqs], self.device)
+        return needed <= self.device.num_free
+
+    def _blocks_to_append(self, tables: list[BlockTable], pool: BlockAllocator) -> int:
+        new = sum(table.is_full for table in tables)
+        writers = Counter(table.blocks[-1] for table in tables if not table.is_full)
+        # Of the writers to one shared block each copies it, but the last reader writes in place.
+        return new + sum(min(count, pool.ref_counts[block] - 1) for block, count in writers.items())
+
+    def append_slot(self, seq: "Sequence") -> list[tuple[int, int]]:
+        """Give the sequence's newest token a slot: §5.2's ``append``.
+
+        Returns
+        -------
+        list[(src, dst)]
+            Copy-on-write: the contents of block ``src`` must be copied to block ``dst`` before anything is written;
+            empty if the sequence writes into a block of its own.
+
+        Raises
+        ------
+        OutOfBlocks
+            A block is needed and none is free; nothing is changed then.
+        """
+        table, copies = self.block_tables[seq.seq_id], []
+        if table.is_full:
+            self._extend(seq, table)
+        elif self.device.ref_counts[table.blocks[-1]] > 1:
+            copies = self._copy_on_write(seq, table)
+        table.num_tokens += 1
+        self._tell(ev.Write, seq=seq.seq_id, start=table.num_tokens - 1, end=table.num_tokens)
+        return copies
+
+    def mark_computed(self, seq: "Sequence") -> None:
+        """Make the full blocks of a sequence findable, now that their keys and values are in the cache."""
+        if self.caching:
+            table = self.block_tables[seq.seq_id]
+            for logical in range(seq.num_computed // self.block_size, table.num_tokens // self.block_size):
+                start = logical * self.block_size
+                if logical == len(table.keys):
+                    table.keys.append(block_key(table.keys[-1] if table.keys else b"",
+                                                seq.token_ids[start:start + self.block_size]))
+                self.device.remember(table.blocks[logical], table.keys[logical])
+
+    def fork(self, parent: "Sequence", child: "Sequence") -> None:
+        """Let ``child`` read all blocks of ``parent`` (§5.2); copies come with the first write (§4.4)."""
+        source = self.block_tables[parent.seq_id]
+        table = BlockTable(self.block_size, [], source.num_tokens, source.num_shared, list(source.keys))
+        self.block_tables[child.seq_id] = table
+        for block in source.blocks:
+            self._share(child, table, block)
+
+    def free(self, seq: "Sequence") -> None:
+        """Give up all blocks of a sequence, in whichever pool they are (§5.2); without a table, nothing."""
+        table = self.block_tables.pop(seq.seq_id, None)
+        if table is None:
+            return
+        pool = self.host if seq.seq_id in self.swapped else self.device
+        self.swapped.discard(seq.seq_id)
+        for block in reversed(table.blocks):  # the first block lands on top: the next request gets them in this order
+            pool.free(block)
+        self._tell(ev.Free, seq=seq.seq_id, blocks=list(table.blocks))
+
+    # ---- swapping --------------------------------------------------------------------------------------------
+
+    def can_swap_out(self, group: "SequenceGroup") -> bool:
+        """Whether the host pool has a block for each of the group's device blocks."""
+        return len(self._blocks_of(group)) <= self.host.num_free
+
+    def swap_out(self, group: "SequenceGroup") -> list[tuple[int, int]]:
+        """Move all blocks of a group to the host pool (§4.5); what was shared stays shared.
+
+        Returns
+        -------
+        list[(device block, host block)]
+            The copies to make.
+
+        Raises
+        ------
+        OutOfBlocks
+            The host pool has too few; nothing is changed then.
+        """
+        pairs = self._move(group, self.device, self.host)
+        self.swapped.update(seq.seq_id for seq in group.unfinished)
+        self._tell(ev.SwapOut, request=group.request_id, blocks=[list(pair) for pair in pairs])
+        return pairs
+
+    def can_swap_in(self, group: "SequenceGroup", beside_others: bool) -> bool:
+        """Whether the group fits into the device pool again and each of its sequences can take its next token."""
+        tables = [self.block_tables[seq.seq_id] for seq in group.unfinished]
+        needed = len(self._blocks_of(group)) + self._blocks_to_append(tables, self.host)
+        return self.device.num_free - needed >= (self.watermark_blocks if beside_others else 0)
+
+    def swap_in(self, group: "SequenceGroup") -> list[tuple[int, int]]:
+        """Move all blocks of a group back to the device pool.
+
+        Returns
+        -------
+        list[(host block, device block)]
+            The copies to make.
+
+        Raises
+        ------
+        OutOfBlocks
+            The device pool has too few; nothing is changed then.
+        """
+        pairs = self._move(group, self.host, self.device)
+        self.swapped.difference_update(seq.seq_id for seq in group.unfinished)
+        self._tell(ev.SwapIn, request=group.request_id, blocks=[list(pair) for pair in pairs])
+        return pairs
+
+    def _blocks_of(self, group: "SequenceGroup") -> list[int]:
+        """The group's physical blocks, each once."""
+        return list(dict.fromkeys(block for seq in group.unfinished for block in self.block_tables[seq.seq_id].blocks))
+
+    def _move(self, group: "SequenceGroup", source: BlockAllocator, target: BlockAllocator) -> list[tuple[int, int]]:
+        blocks = self._blocks_of(group)
+        if len(blocks) > target.num_free:
+            raise OutOfBlocks(f"request {group.request_id} has {len(blocks)} blocks and the {target.pool} pool "
+                              f"{target.num_free} free ones; ask can_swap_out or can_swap_in first")
+        moved: dict[int, int] = {}
+        try:
+            for block in blocks:
+                moved[block] = target.allocate()
+        except BaseException:
+            for block in moved.values():
+                target.free(block)
+            raise
+        for seq in group.unfinished:
+            table = self.block_tables[seq.seq_id]
+            for logical, block in enumerate(table.blocks):
+                table.blocks[logical] = moved[block]
+                target.share(moved[block])
+                source.free(block)
+        for block in moved.values():  # what `allocate` counted; the tables' own readers remain
+            target.free(block)
+        return list(moved.items())
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def get_block_table(self, seq: "Sequence") -> BlockTable:
+        """The table of a sequence that is running or swapped out."""
+        return self.block_tables[seq.seq_id]
+
+    def _tell(self, event: type[ev.Event], **what: object) -> None:
+        if self.trace is not None:
+            self.trace.emit(event, **what)
+
+    def _rows(self) -> tuple[list[str], list[tuple[object, ...]], str]:
+        rows = [(seq, len(t.blocks), t.num_tokens, " ".join(map(str, t.blocks)))
+                for seq, t in self.block_tables.items()]
+        used = self.device.num_blocks - self.device.num_free
+        return ["sequence", "blocks", "tokens", "physical blocks"], rows, (
+            f"{used} of {self.device.num_blocks} device blocks of {self.block_size} tokens in use, "
+            f"{self.host.num_blocks - self.host.num_free} of {self.host.num_blocks} host blocks")
+
+    def __repr__(self) -> str:
+        return text_table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._rows())

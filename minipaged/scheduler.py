@@ -1,0 +1,209 @@
+"""Which sequences run in the next iteration, and who gives way when blocks run out (§4.5)."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal
+
+from . import trace as ev
+from .chaos import Chaos
+from .memory.manager import BlockSpaceManager
+from .sequence import Sequence, SequenceGroup, Status
+
+PreemptionMode = Literal["swap", "recompute"]
+
+
+@dataclass
+class SchedulerOutputs:
+    """One iteration: what to run, and which blocks to move before it.
+
+    Attributes
+    ----------
+    scheduled : list[tuple[SequenceGroup, list[Sequence]]]
+        Requests, and those of their sequences whose tokens without keys and values go through the model: whole
+        prompts and single tokens, mixed (§4.3).
+    blocks_to_swap_out, blocks_to_swap_in : list[tuple[int, int]]
+        (device, host) and (host, device) blocks; never both in one iteration.
+    blocks_to_copy : list[tuple[int, int]]
+        Copy-on-write, (source, destination) in the device pool.
+    """
+
+    scheduled: list[tuple[SequenceGroup, list[Sequence]]] = field(default_factory=list)
+    blocks_to_swap_out: list[tuple[int, int]] = field(default_factory=list)
+    blocks_to_swap_in: list[tuple[int, int]] = field(default_factory=list)
+    blocks_to_copy: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def seqs(self) -> list[Sequence]:
+        """All scheduled sequences, in the order of their tokens in the batch."""
+        return [seq for _, seqs in self.scheduled for seq in seqs]
+
+
+class Scheduler:
+    """First come, first served; the latest request is preempted first, with all of its blocks (§4.5).
+
+    Parameters
+    ----------
+    manager : BlockSpaceManager
+        Asked whether blocks suffice, and told what to do.
+    max_num_seqs : int
+        Sequences in one iteration at most.
+    max_num_batched_tokens : int
+        Tokens in one iteration at most; a request that needs more by itself, when several long sequences are
+        recomputed, runs alone.
+    preemption_mode : "swap", "recompute" or None
+        How requests give way. None is vLLM v0.1's rule: one with a single sequence is recomputed, others are swapped.
+    chaos : Chaos or None
+        Preempts besides, for tests and demonstrations.
+
+    Attributes
+    ----------
+    waiting, running, swapped : list[SequenceGroup]
+        The queues, each in order of arrival.
+    """
+
+    def __init__(self, manager: BlockSpaceManager, max_num_seqs: int, max_num_batched_tokens: int,
+                 preemption_mode: PreemptionMode | None = None, chaos: Chaos | None = None) -> None:
+        self.manager, self.max_num_seqs, self.max_num_batched_tokens = manager, max_num_seqs, max_num_batched_tokens
+        self.preemption_mode, self.chaos = preemption_mode, chaos
+        self.waiting: list[SequenceGroup] = []
+        self.running: list[SequenceGroup] = []
+        self.swapped: list[SequenceGroup] = []
+        self.iteration = 0
+        self._unmoved: list[SequenceGroup] = []  # swapped out by the present iteration
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits, runs or is swapped out."""
+        return bool(self.waiting or self.running or self.swapped)
+
+    def add(self, group: SequenceGroup) -> None:
+        """Queue a new request behind all others."""
+        self.waiting.append(group)
+
+    def remove(self, group: SequenceGroup) -> None:
+        """Drop a request from its queue and free its blocks; one that has left the queues stays out."""
+        for seq in group.seqs:
+            self.manager.free(seq)
+        self._take(group)
+
+    def schedule(self) -> SchedulerOutputs:
+        """Decide one iteration; blocks are allocated, freed and exchanged on the way.
+
+        Running requests come first, in order of arrival; while one of them cannot take its next token, the latest is
+        preempted. Only an iteration that preempted nobody takes requests in: what was just pushed out would otherwise
+        come straight back. Those swapped out come before those that wait, which bounds the host memory in use.
+        """
+        out = SchedulerOutputs()
+        self.iteration += 1
+        self._unmoved = []
+        victims = self.chaos.victims(self.iteration, self.running) if self.chaos else []
+        for group, how in victims:
+            self._preempt(group, out, "chaos", how)
+        if not self._grow_running(out) and not victims:
+            self._swap_in(out)
+            if not self.swapped:
+                self._admit_waiting(out)
+        return out
+
+    def _grow_running(self, out: SchedulerOutputs) -> bool:
+        """Give every running sequence a slot for its newest token; returns whether a request was preempted."""
+        preempted, index = False, 0
+        while index < len(self.running):
+            group = self.running[index]
+            if not self.manager.can_append_slots(group):
+                self._preempt(self.running[-1], out, "no free block")
+                preempted = True
+                continue
+            self._append_slots(group, out)
+            index += 1
+        return preempted
+
+    def _append_slots(self, group: SequenceGroup, out: SchedulerOutputs) -> None:
+        seqs = group.unfinished
+        for seq in seqs:
+            out.blocks_to_copy += self.manager.append_slot(seq)
+        out.scheduled.append((group, seqs))
+
+    def _swap_in(self, out: SchedulerOutputs) -> None:
+        """Bring requests back from the host in order of arrival, while they fit."""
+        num_seqs = len(out.seqs)
+        while self.swapped:
+            group = self.swapped[0]
+            num_seqs += group.width
+            if num_seqs > self.max_num_seqs or not self.manager.can_swap_in(group, beside_others=bool(self.running)):
+                return
+            out.blocks_to_swap_in += self.manager.swap_in(group)
+            self._move(group, self.running, Status.RUNNING)
+            self._append_slots(group, out)
+
+    def _admit_waiting(self, out: SchedulerOutputs) -> None:
+        """Admit from the head of the queue while blocks, tokens and sequences suffice; nobody overtakes (FCFS)."""
+        num_seqs = sum(group.width for group, _ in out.scheduled)
+        tokens = sum(seq.num_new for seq in out.seqs)
+        while self.waiting:
+            group = self.waiting[0]
+            num_seqs += group.width
+            tokens += sum(seq.num_new for seq in group.unfinished)
+            fits = (num_seqs <= self.max_num_seqs and (tokens <= self.max_num_batched_tokens or not out.scheduled)
+                    and self.manager.can_allocate(group, beside_others=bool(self.running)))
+            if not fits:
+                return
+            out.blocks_to_copy += self.manager.allocate(group)
+            self._move(group, self.running, Status.RUNNING)
+            self._tell(ev.Admit, request=group.request_id)
+            out.scheduled.append((group, group.unfinished))
+
+    def _preempt(self, group: SequenceGroup, out: SchedulerOutputs, why: str, how: PreemptionMode | None = None) -> None:
+        """All-or-nothing (§4.5): every block of every sequence of the request is given up.
+
+        Swapping needs room in the host pool; without it the request is recomputed, and the trace says so.
+        """
+        how = how or self.preemption_mode or ("recompute" if len(group.unfinished) == 1 else "swap")
+        if how == "swap" and not self.manager.can_swap_out(group):
+            how, why = "recompute", f"{why}; the host pool is full"
+        self._tell(ev.Preempt, request=group.request_id, why=why, how=how)
+        if how == "recompute":
+            self._recompute_later(group)
+        else:
+            out.blocks_to_swap_out += self.manager.swap_out(group)
+            self._unmoved.append(group)
+            self._move(group, self.swapped, Status.SWAPPED)
+
+    def _recompute_later(self, group: SequenceGroup) -> None:
+        """Free all blocks; the tokens are kept and join the prompt when the request is admitted again (§4.5)."""
+        self._drop_blocks(group)
+        self._move(group, self.waiting, Status.WAITING)
+
+    def recover(self) -> None:
+        """After an iteration that failed anywhere: all requests that it may have touched are recomputed."""
+        for group in self.running + [group for group in self.swapped if group in self._unmoved]:
+            if group.finished:
+                self.remove(group)
+            else:
+                self._tell(ev.Preempt, request=group.request_id, why="the iteration failed", how="recompute")
+                self._recompute_later(group)
+        for group in self.waiting:  # one of them may have been about to be admitted
+            self._drop_blocks(group)
+
+    def _drop_blocks(self, group: SequenceGroup) -> None:
+        for seq in group.unfinished:
+            self.manager.free(seq)
+            seq.num_computed = 0
+
+    def _take(self, group: SequenceGroup) -> None:
+        for queue in (self.waiting, self.running, self.swapped):
+            if group in queue:
+                queue.remove(group)
+
+    def _move(self, group: SequenceGroup, queue: list[SequenceGroup], status: Status) -> None:
+        self._take(group)
+        insort(queue, group, key=attrgetter("request_id"))
+        for seq in group.unfinished:
+            seq.status = status
+
+    def _tell(self, event: type[ev.Event], **what: object) -> None:
+        if self.manager.trace is not None:
+            self.manager.trace.emit(event, **what)

@@ -1,0 +1,79 @@
+"""What the engine does to memory, to be looked at: renderings of one trace. Nothing here knows torch or the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..trace import Event, MemoryState, Trace
+from . import svg as _svg
+from . import text as _text
+from .frame import frame_of
+from .reservation import Reservation, reservation_svg, reservation_text
+
+__all__ = ["View", "memory_view", "reservation_view"]
+
+
+@dataclass(frozen=True, repr=False)
+class View:
+    """One picture in two forms; in a notebook the drawing is shown, in a terminal the text.
+
+    Attributes
+    ----------
+    text, svg : str
+        The same facts; both are the same in every run.
+    """
+
+    text: str
+    svg: str = field(compare=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the drawing, or, if the name ends in ``.txt``, the text."""
+        content = self.text + "\n" if Path(path).suffix == ".txt" else self.svg
+        Path(path).write_text(content, encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": self.text, "image/svg+xml": self.svg}
+
+
+def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None = None) -> View:
+    """Block tables and physical blocks with the token in each slot, as the paper's Figures 6 and 7 draw them.
+
+    Parameters
+    ----------
+    source : Trace, MemoryState or events
+        A trace that runs or one that was loaded. Of a single state it is not known what its last iteration wrote.
+    step : int or None
+        After so many iterations; None: now.
+
+    Raises
+    ------
+    TraceError
+        The trace is empty or has no beginning, or the state is of another step.
+    """
+    frame = frame_of(source.events if isinstance(source, Trace) else source, step)
+    return View(_text.render(frame), _svg.render(frame))
+
+
+def reservation_view(used: int, future: int, reserved: int, block_size: int, bytes_per_token: int) -> View:
+    """One request in a contiguous reservation (Figure 3) beside its blocks, every slot to scale.
+
+    Parameters
+    ----------
+    used : int
+        Tokens whose keys and values are stored.
+    future : int
+        Tokens that the request will still store.
+    reserved : int
+        Slots of the reservation, the most that the request could become (§3.1).
+    block_size : int
+        Tokens per block.
+    bytes_per_token : int
+        Keys and values of all layers.
+    """
+    both = Reservation(used, future, reserved, block_size, bytes_per_token)
+    return View(reservation_text(both), reservation_svg(both))

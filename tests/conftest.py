@@ -1,0 +1,39 @@
+"""Checkpoints that several test files use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from models import make_checkpoint
+from oracle import Oracle
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Maps a geometry's name to a folder with such a checkpoint, made once; "tiny-opt" is the bundled model."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {"tiny-opt": "tiny-opt"}
+
+    def get(name: str) -> str:
+        if name not in made:
+            made[name] = make_checkpoint(name, folder)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Callable[[str], str]) -> Callable[[str], Oracle]:
+    """Maps a geometry's name to transformers' own model on the same weights."""
+    made: dict[str, Oracle] = {}
+
+    def get(name: str) -> Oracle:
+        if name not in made:
+            made[name] = Oracle(checkpoint(name))
+        return made[name]
+
+    return get
