@@ -133,7 +133,7 @@ class LLMEngine:
         with self._lock:
             request_id = next(self._request_ids)
             seq = Sequence(next(self._seq_ids), list(token_ids), len(token_ids), detokenizer=self.tokens.stream())
-            seed = self.config.seed * 1_000_003 + request_id
+            seed = (self.config.seed * 1_000_003 + request_id) * 1_009 % 2**63  # apart by more than any n
             if isinstance(params, SamplingParams):
                 seed = seed if params.seed is None else params.seed
                 if params.temperature > 0:
@@ -233,15 +233,20 @@ class LLMEngine:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C (a notebook's stop button) until the block ends; elsewhere than in the main thread, nothing."""
-    if threading.current_thread() is not threading.main_thread():
+    """Hold back Ctrl-C (a notebook's stop button) until the block ends.
+
+    Python delivers it to the main thread alone, so elsewhere, and where it has no handler (at interpreter exit), there
+    is nothing to hold back.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     caught: list[tuple] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
+        if caught:
             before(*caught[-1])

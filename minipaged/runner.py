@@ -215,7 +215,7 @@ def _pick_dtype(name: str, hf_config: "PreTrainedConfig", device: torch.device) 
 def _pick_attention(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, f"{name}: asked for"
-    return "cpu", f"cpu: the device is {device.type}"
+    return "cpu", f"cpu: plain PyTorch, which runs on {device.type}"
 
 
 def _free_bytes(device: torch.device, config: "EngineConfig") -> int:

@@ -7,11 +7,13 @@ Every picture is drawn from this stream. A trace in a file is JSON Lines: one ev
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from .display import html_table, text_table
 from .errors import TraceError
 
 SCHEMA = 1
@@ -212,8 +214,15 @@ class Trace:
     def __len__(self) -> int:
         return len(self.events)
 
+    def _rows(self) -> tuple[list[str], list[tuple[str, int]], str]:
+        counts = Counter(event.kind for event in self.events)
+        return ["event", "times"], list(counts.items()), f"{len(self.events)} events in {self.step} iterations"
+
     def __repr__(self) -> str:
-        return f"Trace({len(self.events)} events, {self.step} steps)"
+        return text_table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._rows())
 
 
 def to_json(event: Event) -> str:

@@ -357,3 +357,31 @@ def test_ready_quickly():
     start = time.perf_counter()
     LLM("tiny-opt").close()
     assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    with LLM("tiny-opt", dtype=dtype, num_gpu_blocks_override=16, audit=True) as llm:
+        assert str(llm.engine.runner.cache.data.dtype) == f"torch.{dtype}"
+        assert llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].text.startswith(" fathers brought forth")
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_ids_only(checkpoint):
+    with LLM(checkpoint("llama"), num_gpu_blocks_override=16) as llm:
+        assert len(llm.generate([5, 6, 7], SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2
+        with pytest.raises(InvalidPrompt, match="no tokenizer"):
+            llm.generate("text", GREEDY)
+
+
+def test_core_objects_show_themselves_escaped(llm):
+    trace = Trace()
+    evil = SamplingParams(temperature=0, max_tokens=1)
+    output, = llm.generate("<img src=x onerror=alert(1)>", evil)
+    stream = llm.stream(FOUR_SCORE, GREEDY)
+    table = next(stream).block_tables[0]
+    for thing in (output, table, llm.block_manager, trace):
+        assert "<table>" in thing._repr_html_() and "<img" not in thing._repr_html_()
+    assert "&lt;img src=x" in output._repr_html_()
+    assert repr(table).splitlines()[2].split() == ["0", str(table.blocks[0]), "4/4"]
+    assert " ".join(map(str, table.blocks)) in repr(llm.block_manager)
+    stream.close()

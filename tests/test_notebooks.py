@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_notebooks import NOTEBOOKS, ROOT, SECONDS_PER_CELL, UnfitNotebook, environment, faults, normalise, run
 
@@ -106,3 +108,27 @@ def test_guard_notices(spoil: Callable[[Any], None]) -> None:
     notebook = fit_notebook()
     spoil(notebook)
     assert list(faults(notebook)) != []
+
+
+def test_the_stop_button_leaves_the_engine_usable() -> None:
+    """A real kernel, interrupted in the middle of ``generate``, as JupyterLab's stop button does."""
+    manager, client = start_new_kernel(kernel_name="python3", env=environment())
+    try:
+        def run_cell(source: str) -> tuple[str, dict[str, Any]]:
+            printed: list[str] = []
+            reply = client.execute_interactive(source, timeout=60, output_hook=lambda message: printed.append(
+                message["content"].get("text", "")))
+            return "".join(printed), reply["content"]
+
+        _, made = run_cell("from minipaged import LLM, SamplingParams\nllm = LLM('tiny-opt', audit=True)")
+        assert made["status"] == "ok", made
+        timer = threading.Timer(2.0, manager.interrupt_kernel)
+        timer.start()
+        _, stopped = run_cell("while True:\n    llm.generate(['Once'] * 8, SamplingParams(max_tokens=200))")
+        assert stopped["ename"] == "KeyboardInterrupt"
+        printed, after = run_cell("pool = llm.block_manager.device\nassert pool.num_free == pool.num_blocks\n"
+                                  "print(llm.generate('Once', SamplingParams(max_tokens=3))[0].finished)")
+        assert after["status"] == "ok" and printed.strip() == "True", (printed, after)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)

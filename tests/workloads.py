@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from models import make_checkpoint
@@ -86,12 +87,18 @@ def make_workload(seed: int, vocab_of: Callable[[str], int]) -> Workload:
                     settings=settings)
 
 
+@cache
+def _probe(source: str, block_size: int) -> LLM:
+    """An engine to ask how many blocks a request may need."""
+    return LLM(source, num_gpu_blocks_override=2048, block_size=block_size)
+
+
 def run(workload: Workload, source: str, trace: Trace | None = None) -> list:
     """Serve the workload with the audit on; returns the finished groups."""
     size = workload.settings["block_size"]
-    with LLM(source, num_gpu_blocks_override=2048, block_size=size) as probe:
-        blocks = max(probe.engine._most_blocks(r.prompt, r.params) for r in workload.requests)
-        block_bytes = probe.engine.runner.bytes_per_token * size
+    engine = _probe(source, size).engine
+    blocks = max(engine._most_blocks(r.prompt, r.params) for r in workload.requests)
+    block_bytes = engine.runner.bytes_per_token * size
     if workload.prefix is not None:  # its reader holds blocks for good
         blocks += 2 * -(-(len(workload.prefix) + 1) // size)
     with LLM(source, num_gpu_blocks_override=blocks + workload.spare_blocks, audit=True, trace=trace,

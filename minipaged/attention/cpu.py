@@ -1,4 +1,4 @@
-"""Attention for a CPU: the blocks of each sequence gathered, then PyTorch's own attention."""
+"""Attention in plain PyTorch: the blocks of each sequence gathered, then PyTorch's own attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
         whole_prompt = queries == len(slots)
         mask = None  # one query, at the last position, sees every key
         if queries > 1 and not whole_prompt:
-            mask = torch.ones(queries, len(slots), dtype=torch.bool).tril(len(slots) - queries)
+            mask = torch.ones(queries, len(slots), dtype=torch.bool, device=q.device).tril(len(slots) - queries)
         o = scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=whole_prompt, scale=scale,
                                          enable_gqa=True)
         output[start:start + queries] = o[0].transpose(0, 1)

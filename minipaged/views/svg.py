@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .canvas import (EMPTY, FAINT, FONT, GENERATED, INK, PROMPT, WIDTH, box, colour_of, document, fit, path, rect, text,
                      tint)
-from .frame import SLOTS_PER_ROW, Block, Frame, Slot, is_small, labels, physical_blocks, slots_of
+from .frame import SLOTS_PER_ROW, Frame, Slot, is_small, labels, physical_blocks, slots_of
 from .text import MAX_SEQS, NO_TABLE, describe, elided, map_rows, pools, readers_of, summary, waiting_names
 
 # Columns of the detailed drawing, from the left: logical blocks, block table, links, physical blocks, readers.
