@@ -101,18 +101,21 @@ class LLMEngine:
         if params.width > self.config.max_num_seqs:
             raise RequestTooLarge(f"the request runs {params.width} sequences and max_num_seqs is "
                                   f"{self.config.max_num_seqs}; lower the one or raise the other")
-        needed, blocks = self._most_blocks(token_ids, params), self.manager.device.num_blocks
+        self._check_room(token_ids, params, self.manager.device.num_blocks - self.manager.num_pinned)
+
+    def _check_room(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams", blocks: int) -> None:
+        """Refuse what would not fit if it were alone with the pinned prefixes; with this, nobody waits for ever.
+
+        The prompt's full blocks are needed once, all others for each sequence; those of a registered prefix are there.
+        """
+        longest = self._max_len(token_ids, params) - 1  # the keys and values of the last token are never needed
+        total = self.manager.blocks_for(longest)
+        shared = total if longest == len(token_ids) else len(token_ids) // self.config.block_size
+        needed = shared + params.width * (total - shared) - self.manager.num_pinned_full(token_ids)
         if needed > blocks:
             raise RequestTooLarge(f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} for "
                                   f"{params.width} sequences need {needed} blocks of {self.config.block_size}, and the "
                                   f"pool has {blocks}; lower max_tokens or raise num_gpu_blocks_override")
-
-    def _most_blocks(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams") -> int:
-        """Blocks that a request may come to need: the prompt's full blocks once, all others for each sequence."""
-        longest = self._max_len(token_ids, params) - 1  # the keys and values of the last token are never needed
-        total = self.manager.blocks_for(longest)
-        shared = total if longest == len(token_ids) else len(token_ids) // self.config.block_size
-        return shared + params.width * (total - shared)
 
     def add_request(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams",
                     prompt: str | None = None) -> SequenceGroup:
@@ -165,9 +168,14 @@ class LLMEngine:
 
         Raises
         ------
-        The errors of `check`.
+        The errors of `check`; RequestTooLarge also if a request in the queues would have no room beside it.
         """
-        group = self.add_request(token_ids, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        self.check(token_ids, params)
+        left = self.manager.device.num_blocks - self.manager.num_pinned - self.manager.blocks_for(len(token_ids))
+        for group in self.scheduler.unfinished:
+            self._check_room(group.seqs[0].token_ids[:group.seqs[0].prompt_len], group.params, left)
+        group = self.add_request(token_ids, params)
         try:
             while not group.num_generated:
                 self.step()

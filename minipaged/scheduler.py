@@ -75,6 +75,11 @@ class Scheduler:
         self._unmoved: list[SequenceGroup] = []  # swapped out by the present iteration
 
     @property
+    def unfinished(self) -> list[SequenceGroup]:
+        """All requests that run, are swapped out, or wait."""
+        return self.running + self.swapped + self.waiting
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether any request waits, runs or is swapped out."""
         return bool(self.waiting or self.running or self.swapped)

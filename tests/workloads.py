@@ -88,19 +88,25 @@ def make_workload(seed: int, vocab_of: Callable[[str], int]) -> Workload:
 
 
 @cache
-def _probe(source: str, block_size: int) -> LLM:
-    """An engine to ask how many blocks a request may need."""
-    return LLM(source, num_gpu_blocks_override=2048, block_size=block_size)
+def _bytes_per_token(source: str) -> int:
+    with LLM(source, num_gpu_blocks_override=1) as llm:
+        return llm.engine.runner.bytes_per_token
+
+
+def _blocks_alone(request: Request, size: int) -> int:
+    """Blocks that a request needs at its longest: the prompt's full ones once, the others for each sequence."""
+    total = -(-(len(request.prompt) + request.params.max_tokens - 1) // size)
+    shared = total if request.params.max_tokens == 1 else len(request.prompt) // size
+    return shared + request.params.width * (total - shared)
 
 
 def run(workload: Workload, source: str, trace: Trace | None = None) -> list:
     """Serve the workload with the audit on; returns the finished groups."""
     size = workload.settings["block_size"]
-    engine = _probe(source, size).engine
-    blocks = max(engine._most_blocks(r.prompt, r.params) for r in workload.requests)
-    block_bytes = engine.runner.bytes_per_token * size
+    blocks = max(_blocks_alone(r, size) for r in workload.requests)
+    block_bytes = _bytes_per_token(source) * size
     if workload.prefix is not None:  # its reader holds blocks for good
-        blocks += 2 * -(-(len(workload.prefix) + 1) // size)
+        blocks += -(-(len(workload.prefix) + 1) // size)
     with LLM(source, num_gpu_blocks_override=blocks + workload.spare_blocks, audit=True, trace=trace,
              swap_space=workload.host_blocks * block_bytes / (1 << 30), **workload.settings) as llm:
         engine = llm.engine

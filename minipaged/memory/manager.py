@@ -11,6 +11,7 @@ from ..errors import OutOfBlocks
 from .blocks import BlockAllocator
 from .plan import Plan, blocks_needed, make_plans
 from .prefix import PrefixCachingAllocator, block_key
+from .swap import distinct_blocks, move_tables
 from .table import BlockTable
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ class BlockSpaceManager:
 
     def can_allocate(self, group: "SequenceGroup", beside_others: bool) -> bool:
         """Whether the group's tokens fit now; beside other requests the watermark stays free."""
-        return self.device.num_free - blocks_needed(self._plan(group), self.device) >= (self.watermark_blocks if beside_others else 0)
+        return self._fits(blocks_needed(self._plan(group), self.device), beside_others)
+
+    def _fits(self, blocks: int, beside_others: bool) -> bool:
+        return self.device.num_free - blocks >= (self.watermark_blocks if beside_others else 0)
 
     def allocate(self, group: "SequenceGroup") -> list[tuple[int, int]]:
         """Give each sequence blocks for its tokens and no more (§4.3: "as tokens need them").
@@ -78,10 +82,10 @@ class BlockSpaceManager:
         OutOfBlocks
             They do not fit; nothing is allocated then.
         """
-        if not self.can_allocate(group, beside_others=False):
+        plans, made, copies = self._plan(group), {}, []
+        if not self._fits(blocks_needed(plans, self.device), beside_others=False):
             raise OutOfBlocks(f"request {group.request_id} does not fit in {self.device.num_free} free blocks; "
                               "ask can_allocate first")
-        plans, made, copies = self._plan(group), {}, []
         for plan in plans:  # all that is found, before anything is handed out: it might be what was found
             table = self.block_tables[plan.seq.seq_id] = BlockTable(self.block_size, [], 0)
             for block in plan.reused:
@@ -95,6 +99,7 @@ class BlockSpaceManager:
         return make_plans(group, self.device, self.block_size, prefixes)
 
     def _fill(self, plan: Plan, made: dict["Hashable", int]) -> list[tuple[int, int]]:
+        """Complete a table behind its reused blocks; ``made`` are the blocks of the group made so far, by key."""
         seq, table, copies = plan.seq, self.block_tables[plan.seq.seq_id], []
         table.num_shared = plan.covered
         for logical in range(plan.first_own, len(plan.keys)):
@@ -147,7 +152,7 @@ class BlockSpaceManager:
             table = self.block_tables[seqs[0].seq_id]
             needed = table.is_full or self.device.ref_counts[table.blocks[-1]] > 1
         else:
-            needed = self._blocks_to_append([self.block_tables[seq.seq_id] for seq in seqs], self.device)
+            needed = self._blocks_to_append(self._tables(group), self.device)
         return needed <= self.device.num_free
 
     def _blocks_to_append(self, tables: list[BlockTable], pool: BlockAllocator) -> int:
@@ -213,7 +218,7 @@ class BlockSpaceManager:
 
     def can_swap_out(self, group: "SequenceGroup") -> bool:
         """Whether the host pool has a block for each of the group's device blocks."""
-        return len(self._blocks_of(group)) <= self.host.num_free
+        return len(distinct_blocks(self._tables(group))) <= self.host.num_free
 
     def swap_out(self, group: "SequenceGroup") -> list[tuple[int, int]]:
         """Move all blocks of a group to the host pool (§4.5); what was shared stays shared.
@@ -228,61 +233,38 @@ class BlockSpaceManager:
         OutOfBlocks
             The host pool has too few; nothing is changed then.
         """
-        pairs = self._move(group, self.device, self.host)
+        pairs = move_tables(self._tables(group), self.device, self.host)
         self.swapped.update(seq.seq_id for seq in group.unfinished)
         self._tell(ev.SwapOut, request=group.request_id, blocks=[list(pair) for pair in pairs])
         return pairs
 
     def can_swap_in(self, group: "SequenceGroup", beside_others: bool) -> bool:
         """Whether the group fits into the device pool again and each of its sequences can take its next token."""
-        tables = [self.block_tables[seq.seq_id] for seq in group.unfinished]
-        needed = len(self._blocks_of(group)) + self._blocks_to_append(tables, self.host)
-        return self.device.num_free - needed >= (self.watermark_blocks if beside_others else 0)
+        tables = self._tables(group)
+        needed = len(distinct_blocks(tables)) + self._blocks_to_append(tables, self.host)
+        return self._fits(needed, beside_others)
 
     def swap_in(self, group: "SequenceGroup") -> list[tuple[int, int]]:
-        """Move all blocks of a group back to the device pool.
-
-        Returns
-        -------
-        list[(host block, device block)]
-            The copies to make.
-
-        Raises
-        ------
-        OutOfBlocks
-            The device pool has too few; nothing is changed then.
-        """
-        pairs = self._move(group, self.host, self.device)
+        """Move all blocks of a group back to the device pool: (host block, device block); errors as in `swap_out`."""
+        pairs = move_tables(self._tables(group), self.host, self.device)
         self.swapped.difference_update(seq.seq_id for seq in group.unfinished)
         self._tell(ev.SwapIn, request=group.request_id, blocks=[list(pair) for pair in pairs])
         return pairs
 
-    def _blocks_of(self, group: "SequenceGroup") -> list[int]:
-        """The group's physical blocks, each once."""
-        return list(dict.fromkeys(block for seq in group.unfinished for block in self.block_tables[seq.seq_id].blocks))
+    def _tables(self, group: "SequenceGroup") -> list[BlockTable]:
+        return [self.block_tables[seq.seq_id] for seq in group.unfinished]
 
-    def _move(self, group: "SequenceGroup", source: BlockAllocator, target: BlockAllocator) -> list[tuple[int, int]]:
-        blocks = self._blocks_of(group)
-        if len(blocks) > target.num_free:
-            raise OutOfBlocks(f"request {group.request_id} has {len(blocks)} blocks and the {target.pool} pool "
-                              f"{target.num_free} free ones; ask can_swap_out or can_swap_in first")
-        moved: dict[int, int] = {}
-        try:
-            for block in blocks:
-                moved[block] = target.allocate()
-        except BaseException:
-            for block in moved.values():
-                target.free(block)
-            raise
-        for seq in group.unfinished:
-            table = self.block_tables[seq.seq_id]
-            for logical, block in enumerate(table.blocks):
-                table.blocks[logical] = moved[block]
-                target.share(moved[block])
-                source.free(block)
-        for block in moved.values():  # what `allocate` counted; the tables' own readers remain
-            target.free(block)
-        return list(moved.items())
+    # ---- registered prefixes ---------------------------------------------------------------------------------
+
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that registered prefixes hold for good."""
+        return len({block for seq_id in self.prefixes for block in self.block_tables[seq_id].blocks})
+
+    def num_pinned_full(self, token_ids: list[int]) -> int:
+        """Full blocks that a prompt finds in a registered prefix."""
+        return max((len(prefix) // self.block_size for prefix in self.prefixes.values()
+                    if token_ids[:len(prefix)] == prefix), default=0)
 
     # ---- reading ---------------------------------------------------------------------------------------------
 

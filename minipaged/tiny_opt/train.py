@@ -338,7 +338,8 @@ def export(args: argparse.Namespace, model: OPTForCausalLM, tokenizer: GPT2Token
         passes=steps * TOKENS_PER_STEP / sum(map(len, documents)),
         epochs=batches.epoch, gettysburg=rows[0], tale=rows[1], mothers=rows[2], once=rows[3],
         short=SHORT_ROW, long_share=LONG_SHARE, seed=SEED,
-        note=args.note and f"\n{args.note}\n", rates="; ".join(f"from step {step:,}: Muon {muon:g}, AdamW {adam:g}" for step, muon, adam in rates),
+        note=args.note and f"\n{args.note}\n",
+        rates="; ".join(f"Muon {muon:g} and AdamW {adam:g} from step {step:,}" for step, muon, adam in rates),
         threads=args.threads, python=platform.python_version(), torch=torch.__version__,
         transformers=transformers.__version__, tokenizers=tokenizers.__version__)
     (args.out / "README.md").write_text(card, encoding="utf-8")
@@ -413,11 +414,15 @@ As the script produced them (48 tokens; sampled: temperature 0.8, top-k 50, seed
 
 ## Training
 
-{minutes:.0f} minutes by the clock on {threads} CPU threads ({rate:,.0f} tokens per second, all pauses counted);
-{steps:,} steps of {step_tokens:,} tokens: {tokens:.1f} million tokens, about {passes:.1f} passes over {train_tokens:.2f} million
-training tokens. bfloat16 autocast; Muon (weight decay 0.1) for the matrices of the layers, AdamW for the rest. Peak
-learning rates {rates}; 2 % warm-up, then linear decay to zero, both by elapsed time. Gradient norm clipped at 1. A step holds rows of {short} tokens (half at position 0, half at a random offset) or, with
-probability {long_share}, of {positions:,} tokens: all positions are trained. Saved in float16.
+{minutes:.0f} minutes by the clock on {threads} CPU threads ({rate:,.0f} tokens per second, all pauses counted):
+{steps:,} steps of {step_tokens:,} tokens, together {tokens:.1f} million tokens,
+about {passes:.1f} passes over the {train_tokens:.2f} million training tokens.
+
+- bfloat16 autocast; the weights are saved in float16.
+- Muon (weight decay 0.1) for the matrices of the layers, AdamW for the rest. Gradient norm clipped at 1.
+- Peak learning rates: {rates}; 2 % warm-up, then linear decay to zero, both by elapsed time.
+- A step holds rows of {short} tokens (half of them at position 0, half at a random offset) or, with
+  probability {long_share}, of {positions:,} tokens: all positions are trained.
 {note}
 
 Seed {seed}; Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}. The tokenizer
