@@ -19,7 +19,8 @@ def pictures() -> dict[str, str]:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             if "figure" in cell.metadata:
-                drawings = [output.data["image/svg+xml"] for output in cell.outputs if "image/svg+xml" in output.data]
+                drawings = [output.data["image/svg+xml"] for output in cell.outputs
+                            if "image/svg+xml" in output.get("data", {})]
                 found[f"{cell.metadata['figure']}.svg"] = drawings[-1]
     return found
 

@@ -35,3 +35,15 @@ def html_table(header: Rows[str], rows: Rows[Rows[object]], title: str = "") -> 
     caption = f"<caption>{html.escape(title)}</caption>" if title else ""
     body = "".join(row_of("td", row) for row in rows)
     return f"<table>{caption}<thead>{row_of('th', header)}</thead><tbody>{body}</tbody></table>"
+
+
+class Shown:
+    """Shows itself in a terminal and in a notebook as the table that ``_rows`` returns: header, rows, title."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return text_table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._rows())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import trace as ev
-from .errors import (EmptyPrompt, InvalidConfig, InvalidParams, InvalidPrompt, PromptTooLong, RequestTooLarge,
-                     TokenOutOfVocabulary)
+from .admission import check_params, check_prompt, check_room
+from .errors import InvalidConfig, PromptTooLong
 from .memory.audit import audit, audit_writes
 from .memory.manager import BlockSpaceManager
 from .output_processor import OutputProcessor
+from .outputs import RequestOutput, output_of
 from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
@@ -25,7 +26,6 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .params import BeamSearchParams, EngineConfig
-    from .trace import Trace
 
 
 class LLMEngine:
@@ -35,7 +35,7 @@ class LLMEngine:
     ----------
     config : EngineConfig
         The model and the pools.
-    trace : Trace or None
+    trace : Trace
         Receives what the engine does.
 
     Raises
@@ -44,7 +44,7 @@ class LLMEngine:
         The configuration does not fit the model or the machine.
     """
 
-    def __init__(self, config: "EngineConfig", trace: "Trace | None" = None) -> None:
+    def __init__(self, config: "EngineConfig", trace: ev.Trace = ev.NO_TRACE) -> None:
         self.config, self.trace = config, trace
         self.runner = ModelRunner(config)
         self.tokens = Tokens(self.runner.tokenizer, config.model)
@@ -53,6 +53,9 @@ class LLMEngine:
         if budget < self.max_model_len:
             raise InvalidConfig(f"max_num_batched_tokens is {budget}, less than max_model_len, {self.max_model_len}: "
                                 "the longest prompt could never run; raise the one or lower the other")
+        if budget < config.max_num_seqs:
+            raise InvalidConfig(f"max_num_batched_tokens is {budget}, less than max_num_seqs, {config.max_num_seqs}: "
+                                "each sequence takes a token an iteration; raise the one or lower the other")
         self.manager = BlockSpaceManager(config.block_size, self.runner.num_gpu_blocks, self.runner.num_cpu_blocks,
                                          enable_prefix_caching=config.enable_prefix_caching, trace=trace)
         self.scheduler = Scheduler(self.manager, config.max_num_seqs, budget, config.preemption_mode, config.chaos)
@@ -60,8 +63,11 @@ class LLMEngine:
         self.output_processor = OutputProcessor(self.manager, self.tokens, self.runner.eos_token_ids, self._seq_ids,
                                                 trace)
         self._lock = threading.RLock()
+        self._stepping = False
+        self._committing: list[SequenceGroup] = []
+        self._to_abort: list[SequenceGroup] = []
         self._clean: set[int] = set()  # free blocks that hold NaN already
-        self._tell(ev.Start, schema=ev.SCHEMA, model=config.model, block_size=config.block_size,
+        self.trace.emit(ev.Start, schema=ev.SCHEMA, model=config.model, block_size=config.block_size,
                    num_blocks=self.runner.num_gpu_blocks, num_host_blocks=self.runner.num_cpu_blocks,
                    max_model_len=self.max_model_len, bytes_per_token=self.runner.bytes_per_token,
                    attention=self.runner.attention, attention_reason=self.runner.attention_reason)
@@ -80,42 +86,13 @@ class LLMEngine:
         RequestTooLarge
             At full length it has more blocks than the pool.
         """
-        vocab = self.runner.vocab_size
-        if not token_ids:
-            raise EmptyPrompt("the prompt has no token; give at least one")
-        for token in token_ids:
-            if not isinstance(token, int):
-                raise InvalidPrompt(f"a token id is {token!r}; give whole numbers")
-            if not 0 <= token < vocab:
-                raise TokenOutOfVocabulary(f"token id {token} is not in the model's vocabulary of {vocab} tokens")
-        if len(token_ids) >= self.max_model_len:
-            raise PromptTooLong(f"the prompt has {len(token_ids)} tokens and max_model_len is {self.max_model_len}; "
-                                f"give at most {self.max_model_len - 1}, so that one can be generated")
-        if isinstance(params, SamplingParams):
-            if any(not 0 <= t < vocab for t in params.stop_token_ids or []) or (params.logprobs or 0) > vocab:
-                raise InvalidParams(f"stop_token_ids {params.stop_token_ids} and logprobs {params.logprobs} must lie "
-                                    f"within the vocabulary of {vocab} tokens")
-        elif params.beam_width > vocab:
-            raise InvalidParams(f"beam_width is {params.beam_width} and the vocabulary has {vocab} tokens; "
-                                "give a smaller width")
-        if params.width > self.config.max_num_seqs:
-            raise RequestTooLarge(f"the request runs {params.width} sequences and max_num_seqs is "
-                                  f"{self.config.max_num_seqs}; lower the one or raise the other")
+        check_prompt(token_ids, self.runner.vocab_size, self.max_model_len)
+        check_params(params, self.runner.vocab_size, self.config.max_num_seqs)
         self._check_room(token_ids, params, self.manager.device.num_blocks - self.manager.num_pinned)
 
     def _check_room(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams", blocks: int) -> None:
-        """Refuse what would not fit if it were alone with the pinned prefixes; with this, nobody waits for ever.
-
-        The prompt's full blocks are needed once, all others for each sequence; those of a registered prefix are there.
-        """
-        longest = self._max_len(token_ids, params) - 1  # the keys and values of the last token are never needed
-        total = self.manager.blocks_for(longest)
-        shared = total if longest == len(token_ids) else len(token_ids) // self.config.block_size
-        needed = shared + params.width * (total - shared) - self.manager.num_pinned_full(token_ids)
-        if needed > blocks:
-            raise RequestTooLarge(f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} for "
-                                  f"{params.width} sequences need {needed} blocks of {self.config.block_size}, and the "
-                                  f"pool has {blocks}; lower max_tokens or raise num_gpu_blocks_override")
+        check_room(len(token_ids), self._max_len(token_ids, params), params, self.config.block_size,
+                   self.manager.num_pinned_full(token_ids), blocks)
 
     def add_request(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams",
                     prompt: str | None = None) -> SequenceGroup:
@@ -133,24 +110,31 @@ class LLMEngine:
         The errors of `check`.
         """
         self.check(token_ids, params)
-        with self._lock:
+        with self._lock, _uninterrupted():
             request_id = next(self._request_ids)
-            seq = Sequence(next(self._seq_ids), list(token_ids), len(token_ids), detokenizer=self.tokens.stream())
+            seq = Sequence(next(self._seq_ids), list(token_ids), len(token_ids),
+                           detokenizer=self.tokens.stream(token_ids))
             seed = (self.config.seed * 1_000_003 + request_id) * 1_009 % 2**63  # apart by more than any n
             if isinstance(params, SamplingParams):
                 seed = seed if params.seed is None else params.seed
-                if params.temperature > 0:
+                if not params.greedy:
                     seq.generator = torch.Generator(self.runner.device).manual_seed(seed)
             group = SequenceGroup(request_id, [seq], params, prompt, self._max_len(token_ids, params), seed)
-            if self.trace is not None:
-                self._tell(ev.Add, request=request_id, seq=seq.seq_id, token_ids=list(token_ids),
-                           texts=[self.tokens.text_of(token) for token in token_ids])
+            self.trace.emit(ev.Add, request=request_id, seq=seq.seq_id, token_ids=list(token_ids),
+                            texts=[self.tokens.text_of(token) for token in token_ids])
             self.scheduler.add(group)
         return group
 
-    def abort(self, group: SequenceGroup) -> None:
-        """End a request now; its blocks are free when this returns. A finished request stays as it is."""
+    def abort(self, *groups: SequenceGroup) -> None:
+        """End requests now; their blocks are free when this returns. A finished request stays as it is."""
         with self._lock, _uninterrupted():
+            if self._stepping:  # the garbage collector closes a forgotten stream in the middle of an iteration
+                self._to_abort += groups
+            else:
+                self._abort(groups)
+
+    def _abort(self, groups: Iterable[SequenceGroup]) -> None:
+        for group in groups:
             for seq in group.unfinished:
                 self.output_processor.finish(group, seq, "abort")
             self.scheduler.remove(group)
@@ -171,20 +155,25 @@ class LLMEngine:
         The errors of `check`; RequestTooLarge also if a request in the queues would have no room beside it.
         """
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        self.check(token_ids, params)
-        left = self.manager.device.num_blocks - self.manager.num_pinned - self.manager.blocks_for(len(token_ids))
-        for group in self.scheduler.unfinished:
-            self._check_room(group.seqs[0].token_ids[:group.seqs[0].prompt_len], group.params, left)
-        group = self.add_request(token_ids, params)
-        try:
-            while not group.num_generated:
-                self.step()
-            reader = group.seqs[0].fork(next(self._seq_ids))
-            self._tell(ev.Fork, request=group.request_id, parent=group.seqs[0].seq_id, seq=reader.seq_id)
-            self.manager.fork(group.seqs[0], reader)
-            self.manager.prefixes[reader.seq_id] = list(token_ids)
-        finally:
-            self.abort(group)
+        with self._lock:
+            self.check(token_ids, params)
+            if len(token_ids) > self.max_model_len - 2:
+                raise PromptTooLong(f"the prefix has {len(token_ids)} tokens, max_model_len is {self.max_model_len}; "
+                                    f"give at most {self.max_model_len - 2}, so that prompts can go on behind it")
+            left = self.manager.device.num_blocks - self.manager.num_pinned - self.manager.blocks_for(len(token_ids))
+            for group in self.scheduler.unfinished:
+                self._check_room(group.prompt_token_ids, group.params, left)
+            group = self.add_request(token_ids, params)
+            try:
+                while not group.num_generated:
+                    self.step()
+                with _uninterrupted():
+                    reader = group.seqs[0].fork(next(self._seq_ids))
+                    self.trace.emit(ev.Fork, request=group.request_id, parent=group.seqs[0].seq_id, seq=reader.seq_id)
+                    self.manager.fork(group.seqs[0], reader)
+                    self.manager.prefixes[reader.seq_id] = list(token_ids)
+            finally:
+                self.abort(group)
 
     def _max_len(self, token_ids: list[int], params: "SamplingParams | BeamSearchParams") -> int:
         longest = self.max_model_len
@@ -195,23 +184,34 @@ class LLMEngine:
     def step(self) -> list[SequenceGroup]:
         """Run one iteration; returns the requests that got a token, none if none waits or runs.
 
-        An interrupt waits for the end of the iteration. If anything else fails half-way, every request that was
-        running goes back to the waiting queue to be recomputed: no request and no block is lost.
+        An interrupt waits for the end of the iteration. If anything else fails in it, no block is lost, and the
+        requests that it ran are recomputed; if it fails while tokens are being committed, which cannot be done twice,
+        they are aborted.
         """
         with self._lock, _uninterrupted():
+            self._stepping = True
             try:
                 return self._step() if self.scheduler.has_unfinished else []
             except BaseException:
+                self._abort(self._committing)
                 self.scheduler.recover()
                 raise
+            finally:
+                self._stepping, self._committing = False, []
+                self._abort(self._to_abort)
+                self._to_abort = []
+
+    def snapshot(self, groups: list[SequenceGroup]) -> list[RequestOutput]:
+        """These requests as one iteration left them all."""
+        with self._lock:
+            return [output_of(group) for group in groups]
 
     @torch.inference_mode()
     def _step(self) -> list[SequenceGroup]:
-        if self.trace is not None:
-            self.trace.step += 1
-            self._tell(ev.Begin)
+        self.trace.begin_step()
         out = self.scheduler.schedule()
         if self.config.audit:
+            self._clean &= set(self.manager.device.free_list)
             audit_writes(self.manager, out.seqs)
         cache = self.runner.cache
         cache.swap_out(out.blocks_to_swap_out)
@@ -220,6 +220,7 @@ class LLMEngine:
         groups = [group for group, _ in out.scheduled]
         if groups:
             logits = self.runner.run(out.seqs, [self.manager.get_block_table(seq) for seq in out.seqs])
+            self._committing = groups
             self.output_processor.process(out.scheduled, logits)
         for group in groups:
             if group.finished:
@@ -233,10 +234,6 @@ class LLMEngine:
         free = set(self.manager.device.free_list)
         self.runner.cache.poison(sorted(free - self._clean))
         self._clean = free
-
-    def _tell(self, event: type[ev.Event], **what: object) -> None:
-        if self.trace is not None:
-            self.trace.emit(event, **what)
 
 
 @contextmanager

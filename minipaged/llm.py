@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence as Items
+from numbers import Integral
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .engine import LLMEngine
@@ -10,12 +12,13 @@ from .errors import EngineClosed, InvalidParams, InvalidPrompt, MinipagedError, 
 from .outputs import BeamSearchOutput, RequestOutput, beam_output_of, output_of
 from .params import BeamSearchParams, EngineConfig, SamplingParams
 from .sequence import SequenceGroup
+from .trace import NO_TRACE
 
 if TYPE_CHECKING:
     from .memory.manager import BlockSpaceManager
     from .trace import Trace
 
-Prompt = str | Items[int]
+Prompt = str | Items[int] | dict[str, Any]
 Params = SamplingParams | BeamSearchParams
 Output = TypeVar("Output", RequestOutput, BeamSearchOutput)
 
@@ -41,7 +44,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "tiny-opt", trace: "Trace | None" = None, **options: Any) -> None:
-        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model, **options), trace)
+        self._engine: LLMEngine | None = LLMEngine(EngineConfig(model, **options), NO_TRACE if trace is None else trace)
         self.trace = trace
 
     @property
@@ -74,7 +77,7 @@ class LLM:
         Parameters
         ----------
         prompts : str, list[int], or a list of these
-            Texts or token ids.
+            Texts or token ids; vLLM's ``{"prompt": …}`` and ``{"prompt_token_ids": …}`` are taken too.
         sampling_params : SamplingParams or BeamSearchParams, or one per prompt, or None
             None: the defaults. Greedy, sampled and beam-searched requests may run in one batch.
         use_tqdm : bool
@@ -102,6 +105,8 @@ class LLM:
 
     def beam_search(self, prompts: Prompt | Items[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """Search the likeliest continuations of all prompts at once; prompts and errors as in `generate`."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidParams(f"beam_search takes BeamSearchParams, not {params!r}")
         groups: list[SequenceGroup | MinipagedError] = []
         try:
             self._add(prompts, params, groups)
@@ -136,6 +141,8 @@ class LLM:
         ------
         InvalidPrompt, InvalidParams, RequestTooLarge
             A prompt was refused; none of them runs then.
+        EngineClosed
+            The LLM was closed meanwhile.
         """
         groups: list[SequenceGroup | MinipagedError] = []
         try:
@@ -143,21 +150,32 @@ class LLM:
             for group in groups:
                 if isinstance(group, MinipagedError):
                     raise group
-            shown = [0] * len(groups)
+            shown = [(0, False)] * len(groups)
             while True:
-                tokens = [group.num_generated for group in groups]
-                if tokens == shown:  # other callers' iterations serve these requests too
-                    if all(group.finished for group in groups):
-                        return
+                now = [(group.num_generated, group.finished) for group in groups]
+                if now != shown:  # other callers' iterations serve these requests too
+                    yield from self.engine.snapshot([group for group, a, b in zip(groups, now, shown) if a != b])
+                    shown = now
+                elif all(group.finished for group in groups):
+                    return
+                else:
                     self.engine.step()
-                    continue
-                yield from [output_of(group) for group, now, before in zip(groups, tokens, shown) if now != before]
-                shown = tokens
         finally:
             self._abort(groups)
 
+    def abort(self, request_id: str) -> None:
+        """End a request that another thread, or a stream, waits for; its blocks are free when this returns.
+
+        Its outputs have finish reason "abort". A request that has finished, or never was, is none of its business.
+        """
+        engine = self.engine
+        engine.abort(*(group for group in engine.scheduler.unfinished if str(group.request_id) == request_id))
+
     def close(self) -> None:
-        """Give back the model's and the blocks' memory; unfinished requests end. Closing twice is fine."""
+        """Give back the model's and the blocks' memory; a stream that still runs ends with EngineClosed.
+
+        Closing twice is fine.
+        """
         self._engine = None
 
     def __enter__(self) -> "LLM":
@@ -172,15 +190,28 @@ class LLM:
         prompts = _as_list(prompts)
         if params is None or isinstance(params, Params):
             params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise InvalidParams(f"{len(prompts)} prompts but {len(params)} sampling_params; give one each, or one")
-        engine = self.engine
+        if len(params) != len(prompts) or not all(isinstance(p, Params) for p in params):
+            raise InvalidParams(f"{len(prompts)} prompts, and {params!r}; give one SamplingParams or BeamSearchParams, "
+                                "or one for each prompt")
         for prompt, p in zip(prompts, params):
             try:
-                ids = engine.tokens.encode(prompt) if isinstance(prompt, str) else list(prompt)
-                groups.append(engine.add_request(ids, p, prompt if isinstance(prompt, str) else None))
+                text, token_ids = self._parse(prompt)
+                groups.append(self.engine.add_request(token_ids, p, text))
             except MinipagedError as error:
                 groups.append(error)
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, if it was given, and token ids."""
+        if isinstance(prompt, dict):  # vLLM's TextPrompt and TokensPrompt
+            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+        if isinstance(prompt, str):
+            return prompt, self.engine.tokens.encode(prompt)
+        try:
+            if not isinstance(prompt, bytes):
+                return None, [token if isinstance(token, bool) else index(token) for token in prompt]
+        except TypeError:
+            pass
+        raise InvalidPrompt(f"a prompt is {prompt!r}; give a text or a list of token ids")
 
     def _served(self, groups: list[SequenceGroup | MinipagedError], output: Callable[[SequenceGroup], Output],
                 ) -> list[Output]:
@@ -207,9 +238,7 @@ class LLM:
 
     def _abort(self, groups: list[SequenceGroup | MinipagedError]) -> None:
         if self._engine is not None:
-            for group in groups:
-                if isinstance(group, SequenceGroup):
-                    self._engine.abort(group)
+            self._engine.abort(*(group for group in groups if isinstance(group, SequenceGroup)))
 
 
 def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
@@ -220,10 +249,10 @@ def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
     InvalidPrompt
         Neither text, nor token ids, nor a list of them.
     """
-    if isinstance(prompts, str):
+    if hasattr(prompts, "tolist"):  # numpy, torch
+        prompts = prompts.tolist()
+    if isinstance(prompts, (str, dict)):
         return [prompts]
-    if isinstance(prompts, Items) and all(isinstance(prompt, int) for prompt in prompts):
-        return [prompts]
-    if isinstance(prompts, Items) and all(isinstance(prompt, (str, list, tuple)) for prompt in prompts):
-        return list(prompts)
-    raise InvalidPrompt("prompts are neither a text, nor a list of token ids, nor a list of these")
+    if isinstance(prompts, bytes) or not isinstance(prompts, Items):
+        raise InvalidPrompt("prompts are neither a text, nor a list of token ids, nor a list of these")
+    return [prompts] if all(isinstance(prompt, Integral) for prompt in prompts) else list(prompts)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 
 from . import trace as ev
@@ -15,10 +13,6 @@ from .params import BeamSearchParams
 from .sampling import Logprob, Sampled, sample
 from .sequence import Sequence, SequenceGroup, Status
 from .text import Tokens
-
-if TYPE_CHECKING:
-    from .trace import Trace
-
 
 class OutputProcessor:
     """Turns the logits of an iteration into longer, forked and finished sequences.
@@ -33,12 +27,12 @@ class OutputProcessor:
         The model's end-of-sequence tokens.
     seq_ids : Iterator[int]
         Numbers for forked sequences.
-    trace : Trace or None
+    trace : Trace
         Told of forks, samples and ends.
     """
 
     def __init__(self, manager: BlockSpaceManager, tokens: Tokens, eos_token_ids: set[int], seq_ids: Iterator[int],
-                 trace: "Trace | None") -> None:
+                 trace: ev.Trace) -> None:
         self.manager, self.tokens, self.eos_token_ids = manager, tokens, eos_token_ids
         self._seq_ids, self.trace = seq_ids, trace
 
@@ -50,7 +44,7 @@ class OutputProcessor:
         scheduled : list[tuple[SequenceGroup, list[Sequence]]]
             What ran.
         logits : Tensor [sequences, vocabulary] float32
-            After the last token of each sequence; changed in place.
+            After the last token of each sequence.
         """
         draws: list[tuple[SequenceGroup, Sequence, int]] = []
         beams: list[tuple[SequenceGroup, list[Sequence], int]] = []
@@ -59,13 +53,15 @@ class OutputProcessor:
             for seq in seqs:
                 self.manager.mark_computed(seq)
                 seq.num_computed = len(seq.token_ids)
-                seq.block_table = self.manager.get_block_table(seq)
+                seq.block_table = self.manager.get_block_table(seq).copy()
             if isinstance(group.params, BeamSearchParams):
                 beams.append((group, seqs, row))
             else:
                 draws += [(group, seq, row + i) for i, seq in enumerate(seqs)]
                 if len(group.seqs) < group.width:  # the prompt has just been computed
-                    draws += [(group, self._sample_fork(group, i), row) for i in range(1, group.width)]
+                    children = [self._sample_fork(group, index) for index in range(1, group.width)]
+                    group.seqs += children
+                    draws += [(group, child, row) for child in children]
             row += len(seqs)
         for group, seqs, row in beams:
             self._beam_step(group, group.params, seqs, logits[row:row + len(seqs)].log_softmax(-1))
@@ -80,13 +76,11 @@ class OutputProcessor:
     def _sample_fork(self, group: SequenceGroup, index: int) -> Sequence:
         child = self._fork(group, group.seqs[0])
         child.generator = torch.Generator(group.seqs[0].generator.device).manual_seed(group.seed + index)
-        group.seqs.append(child)
         return child
 
     def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
         child = parent.fork(next(self._seq_ids))
-        child.detokenizer = self.tokens.stream(child.output_token_ids)
-        self._tell(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=child.seq_id)
+        self.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=child.seq_id)
         self.manager.fork(parent, child)
         return child
 
@@ -104,9 +98,8 @@ class OutputProcessor:
         seq.cumulative_logprob += logprob
         new_text = seq.detokenizer.push(token_id)
         seq.text += new_text
-        if self.trace is not None:
-            self._tell(ev.Sample, seq=seq.seq_id, token_id=token_id, text=self.tokens.text_of(token_id),
-                       logprob=round(logprob, 4))
+        self.trace.emit(ev.Sample, seq=seq.seq_id, token_id=token_id, text=self.tokens.text_of(token_id),
+                        logprob=round(logprob, 4))
         return new_text
 
     def _finish_reason(self, group: SequenceGroup, seq: Sequence, new_chars: int) -> str | None:
@@ -115,7 +108,7 @@ class OutputProcessor:
             if token in self.eos_token_ids and not p.ignore_eos:
                 return "stop"
             if token in (p.stop_token_ids or []):
-                seq.stop_reason = token
+                seq.text, seq.stop_reason = seq.text[:len(seq.text) - new_chars], token
                 return "stop"
             for stop in p.stop_strings:
                 found = seq.text.find(stop, max(0, len(seq.text) - new_chars - len(stop) + 1))
@@ -135,7 +128,8 @@ class OutputProcessor:
         ended = [at_end or candidate.token_id in eos for candidate in candidates]
         running, finished = split_candidates(candidates, ended, p.beam_width)
         for candidate in finished:
-            self._add_hypothesis(group, p, seqs[candidate.parent], candidate, "length" if at_end else "stop")
+            self._add_hypothesis(group, p, seqs[candidate.parent], candidate,
+                                 "stop" if candidate.token_id in eos else "length")
         if not running or is_done(group, p, running[0].cumulative_logprob, seqs[0].num_generated + 1):
             for seq in seqs:
                 self.finish(group, seq, "dropped")
@@ -150,8 +144,7 @@ class OutputProcessor:
         if len(group.hypotheses) == p.beam_width and score <= group.hypotheses[-1][0]:
             return
         seq = parent.fork(next(self._seq_ids))
-        seq.detokenizer, seq.block_table = self.tokens.stream(seq.output_token_ids), parent.block_table.copy()
-        self._tell(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=seq.seq_id)
+        self.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=seq.seq_id)
         self._extend(seq, candidate.token_id, candidate.cumulative_logprob - parent.cumulative_logprob)
         self.finish(group, seq, reason)
         insort(group.hypotheses, (score, seq), key=lambda hypothesis: -hypothesis[0])
@@ -188,11 +181,7 @@ class OutputProcessor:
         """End a sequence: its blocks go back, its text is completed."""
         self.manager.free(seq)
         seq.status, seq.finish_reason = Status.FINISHED, reason
-        if not isinstance(seq.stop_reason, str):
+        if seq.stop_reason is None and reason != "abort":
             seq.text += seq.detokenizer.rest(seq)
         seq.detokenizer = seq.generator = None
-        self._tell(ev.Finish, request=group.request_id, seq=seq.seq_id, reason=reason)
-
-    def _tell(self, event: type[ev.Event], **what: object) -> None:
-        if self.trace is not None:
-            self.trace.emit(event, **what)
+        self.trace.emit(ev.Finish, request=group.request_id, seq=seq.seq_id, reason=reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .display import html_table, text_table
+from .display import Shown
 from .memory.table import BlockTable
 from .params import BeamSearchParams, SamplingParams
 from .sampling import Logprob
@@ -21,7 +21,8 @@ class CompletionOutput:
     index : int
         Which of the request's sequences.
     text : str
-        The generated text, without special tokens and without the stop text.
+        The generated text, without special tokens and without the stop token or text. While the request runs, the last
+        characters are held back, as many as may turn out to begin a stop text.
     token_ids : list[int]
         The generated tokens, an end-of-sequence token included.
     cumulative_logprob : float
@@ -43,8 +44,8 @@ class CompletionOutput:
     stop_reason: int | str | None
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+@dataclass(frozen=True, repr=False)
+class RequestOutput(Shown):
     """A request, as far as it has come.
 
     Attributes
@@ -75,12 +76,6 @@ class RequestOutput:
         prompt = f"{len(self.prompt_token_ids)} token ids" if self.prompt is None else repr(self.prompt)
         return ["output", "tokens", "finish reason", "text"], rows, f"request {self.request_id}: {prompt}"
 
-    def __repr__(self) -> str:
-        return text_table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._rows())
-
 
 @dataclass(frozen=True)
 class BeamSearchSequence:
@@ -107,20 +102,14 @@ class BeamSearchSequence:
     finish_reason: str
 
 
-@dataclass(frozen=True)
-class BeamSearchOutput:
+@dataclass(frozen=True, repr=False)
+class BeamSearchOutput(Shown):
     """The results of a beam search, the best first."""
 
     sequences: list[BeamSearchSequence]
 
     def _rows(self) -> tuple[list[str], list[tuple[object, ...]]]:
         return ["beam", "score", "text"], [(i, f"{s.score:.4f}", repr(s.text)) for i, s in enumerate(self.sequences)]
-
-    def __repr__(self) -> str:
-        return text_table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._rows())
 
 
 def output_of(group: SequenceGroup) -> RequestOutput:
@@ -130,9 +119,7 @@ def output_of(group: SequenceGroup) -> RequestOutput:
         seqs = sorted(seqs, key=lambda seq: -seq.cumulative_logprob)[:group.params.n]
     outputs = [_completion(index, seq, group.params) for index, seq in enumerate(seqs)]
     tables = [seq.block_table.copy() for seq in seqs if seq.block_table is not None]
-    first = group.seqs[0]
-    return RequestOutput(str(group.request_id), group.prompt, first.token_ids[:first.prompt_len], outputs,
-                         group.finished, tables)
+    return RequestOutput(str(group.request_id), group.prompt, group.prompt_token_ids, outputs, group.finished, tables)
 
 
 def beam_output_of(group: SequenceGroup, tokens: Tokens) -> BeamSearchOutput:
@@ -144,6 +131,10 @@ def beam_output_of(group: SequenceGroup, tokens: Tokens) -> BeamSearchOutput:
 
 
 def _completion(index: int, seq: Sequence, params: SamplingParams | BeamSearchParams) -> CompletionOutput:
-    with_logprobs = isinstance(params, SamplingParams) and params.logprobs is not None
-    return CompletionOutput(index, seq.text, seq.output_token_ids, seq.cumulative_logprob,
-                            list(seq.logprobs) if with_logprobs else None, seq.finish_reason, seq.stop_reason)
+    text, logprobs = seq.text, None
+    if isinstance(params, SamplingParams):
+        held = 0 if seq.finished else max(map(len, params.stop_strings), default=1) - 1
+        text = text[:len(text) - held]
+        logprobs = None if params.logprobs is None else list(seq.logprobs)
+    return CompletionOutput(index, text, seq.output_token_ids, seq.cumulative_logprob, logprobs, seq.finish_reason,
+                            seq.stop_reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from .chaos import Chaos
@@ -20,7 +21,7 @@ class SamplingParams:
     best_of : int or None
         Samples to draw; the ``n`` with the highest cumulative log probability are returned, the best first. None: n.
     temperature : float
-        0 is greedy decoding; else logits are divided by it.
+        Below 1e-5 it is greedy decoding; else logits are divided by it.
     top_p : float
         Keep the most likely tokens whose probabilities add up to ``top_p``, in (0, 1].
     top_k : int
@@ -61,9 +62,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check(InvalidParams, [
+            *_whole(self, "n", "best_of", "top_k", "max_tokens", "min_tokens", "seed", "logprobs"),
+            *((isinstance(stop, str) and stop != "", f"stop holds {stop!r}; give texts of one character or more")
+              for stop in self.stop_strings),
+            (all(isinstance(token, Integral) for token in self.stop_token_ids or []),
+             f"stop_token_ids holds {self.stop_token_ids}; give whole numbers")])
+        _check(InvalidParams, [
             (self.n >= 1, f"n is {self.n}; give 1 or more samples"),
             (self.width >= self.n, f"best_of is {self.best_of} and n is {self.n}; give best_of >= n"),
-            (self.temperature > 0 or self.width == 1,
+            (not self.greedy or self.width == 1,
              f"n or best_of is {self.width} at temperature 0, where all samples are the same; give a temperature"),
             (self.temperature >= 0, f"temperature is {self.temperature}; give 0 (greedy) or more"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; give a share in (0, 1]"),
@@ -72,14 +79,20 @@ class SamplingParams:
             (self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; give 0 or more"),
             (self.max_tokens is None or self.min_tokens <= self.max_tokens,
              f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; give min_tokens <= max_tokens"),
-            (all(self.stop_strings), "stop holds an empty text; leave it out"),
             (self.logprobs is None or self.logprobs >= 0, f"logprobs is {self.logprobs}; give 0 or more"),
+            (self.seed is None or -2**63 <= self.seed <= 2**64 - self.width,
+             f"seed is {self.seed}; give one of 64 bits, with room for {self.width} samples above it"),
         ])
 
     @property
     def width(self) -> int:
         """Sequences that run at the same time once the prompt is through."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken; vLLM's bound, below which dividing by it is of no use."""
+        return self.temperature < 1e-5
 
     @property
     def stop_strings(self) -> list[str]:
@@ -120,9 +133,11 @@ class BeamSearchParams:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
+        _check(InvalidParams, _whole(self, "beam_width", "max_tokens"))
         _check(InvalidParams, [
             (self.beam_width >= 1, f"beam_width is {self.beam_width}; give 1 or more"),
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; give 1 or more"),
+            (abs(self.length_penalty) <= 10, f"length_penalty is {self.length_penalty}; give -10 to 10"),
             (self.early_stopping in (True, False, "never"),
              f"early_stopping is {self.early_stopping!r}; give True, False or 'never'"),
         ])
@@ -149,7 +164,7 @@ class EngineConfig:
     num_gpu_blocks_override : int or None
         Blocks in the device pool; None: as many as ``gpu_memory_utilization`` allows.
     gpu_memory_utilization : float
-        Share of the GPU's memory for weights, activations and KV blocks together. On a CPU, share of the free
+        Share of the GPU's memory for weights and KV blocks; activations need the rest. On a CPU, share of the free
         main memory for KV blocks, and at most 4 GiB.
     swap_space : float
         GiB of main memory for swapped-out blocks (§4.5).
@@ -199,10 +214,6 @@ class EngineConfig:
     chaos: Chaos | None = None
 
     def __post_init__(self) -> None:
-        def at_least_one(name: str) -> tuple[bool, str]:
-            value = getattr(self, name)
-            return value is None or value >= 1, f"{name} is {value}; give 1 or more"
-
         _check(InvalidConfig, [
             (1 <= self.block_size <= 256, f"block_size is {self.block_size}; give 1 to 256 tokens per block"),
             (0 < self.gpu_memory_utilization <= 1,
@@ -213,8 +224,15 @@ class EngineConfig:
             (self.attention in ("auto", "eager", "cpu"), f"attention is {self.attention!r}; give auto, eager or cpu"),
             (self.preemption_mode in ("swap", "recompute", None),
              f"preemption_mode is {self.preemption_mode!r}; give swap, recompute or None"),
-            *map(at_least_one, ("num_gpu_blocks_override", "max_model_len", "max_num_seqs", "max_num_batched_tokens")),
+            *((value is None or value >= 1, f"{name} is {value}; give 1 or more") for name, value in vars(self).items()
+              if name in ("num_gpu_blocks_override", "max_model_len", "max_num_seqs", "max_num_batched_tokens")),
         ])
+
+
+def _whole(params: object, *names: str) -> list[tuple[bool, str]]:
+    values = {name: getattr(params, name) for name in names}
+    return [(value is None or isinstance(value, Integral), f"{name} is {value!r}; give a whole number")
+            for name, value in values.items()]
 
 
 def _check(error: type[Exception], rules: list[tuple[bool, str]]) -> None:

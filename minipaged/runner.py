@@ -124,7 +124,7 @@ class ModelRunner:
         if self.num_gpu_blocks < 1:
             raise InvalidConfig(f"not one block of {block_bytes} bytes fits beside the weights; "
                                 "raise gpu_memory_utilization, lower block_size, or take a smaller model")
-        # Swapped-out blocks never outnumber the device's (§4.5).
+        # §4.5: the space for swapped blocks is bounded by the device's; without room there, requests are recomputed.
         self.num_cpu_blocks = min(int(config.swap_space * GIB) // block_bytes, self.num_gpu_blocks)
         self.cache = KVCache(hf.num_hidden_layers, self.num_gpu_blocks, self.num_cpu_blocks, config.block_size,
                              kv_heads, head_dim, self.dtype, self.device)
@@ -178,7 +178,9 @@ def _load(source: str, dtype: torch.dtype, device: torch.device,
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
-        tokenizer = None  # a checkpoint without one still runs on token ids; the engine refuses text then
+        tokenizer = None
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
+        tokenizer = None  # transformers made an empty one for a folder that has none
     return model.to(device).eval(), tokenizer
 
 

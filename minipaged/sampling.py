@@ -53,11 +53,11 @@ def sample(logits: torch.Tensor, seqs: list["Sequence"], params: list["SamplingP
     """
     logprobs = logits.log_softmax(-1)
     for row, (seq, p) in enumerate(zip(seqs, params)):
-        if len(seq.token_ids) - seq.prompt_len < p.min_tokens:
+        if seq.num_generated < p.min_tokens:
             logits[row, sorted(eos_token_ids | set(p.stop_token_ids or []))] = float("-inf")
     tokens = logits.argmax(-1).tolist()
     for row, (seq, p) in enumerate(zip(seqs, params)):
-        if p.temperature > 0:
+        if not p.greedy:
             tokens[row] = _draw(logits[row], p, seq.generator)
     chosen = logprobs[torch.arange(len(tokens)), tokens].tolist()
     return [Sampled(token, logprob, _rank(logprobs[row], token, p.logprobs))

@@ -66,7 +66,8 @@ class Scheduler:
 
     def __init__(self, manager: BlockSpaceManager, max_num_seqs: int, max_num_batched_tokens: int,
                  preemption_mode: PreemptionMode | None = None, chaos: Chaos | None = None) -> None:
-        self.manager, self.max_num_seqs, self.max_num_batched_tokens = manager, max_num_seqs, max_num_batched_tokens
+        self.manager, self.trace = manager, manager.trace
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.preemption_mode, self.chaos = preemption_mode, chaos
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
@@ -99,7 +100,7 @@ class Scheduler:
 
         Running requests come first, in order of arrival; while one of them cannot take its next token, the latest is
         preempted. Only an iteration that preempted nobody takes requests in: what was just pushed out would otherwise
-        come straight back. Those swapped out come before those that wait, which bounds the host memory in use.
+        come straight back.
         """
         out = SchedulerOutputs()
         self.iteration += 1
@@ -108,9 +109,8 @@ class Scheduler:
         for group, how in victims:
             self._preempt(group, out, "chaos", how)
         if not self._grow_running(out) and not victims:
-            self._swap_in(out)
-            if not self.swapped:
-                self._admit_waiting(out)
+            while self._take_in_next(out):
+                pass
         return out
 
     def _grow_running(self, out: SchedulerOutputs) -> bool:
@@ -132,34 +132,38 @@ class Scheduler:
             out.blocks_to_copy += self.manager.append_slot(seq)
         out.scheduled.append((group, seqs))
 
-    def _swap_in(self, out: SchedulerOutputs) -> None:
-        """Bring requests back from the host in order of arrival, while they fit."""
-        num_seqs = len(out.seqs)
-        while self.swapped:
-            group = self.swapped[0]
-            num_seqs += group.width
-            if num_seqs > self.max_num_seqs or not self.manager.can_swap_in(group, beside_others=bool(self.running)):
-                return
+    def _take_in_next(self, out: SchedulerOutputs) -> bool:
+        """Swap in or admit the earliest request that does not run, if blocks, tokens and sequences suffice.
+
+        Nobody overtakes (FCFS): behind one that does not fit all others wait, so new requests wait while any is
+        swapped out (§4.5). vLLM v0.1 takes all swapped requests before any waiting one, so that with both ways of
+        preemption in use a later request may pass an earlier one.
+        """
+        group = min(self.swapped[:1] + self.waiting[:1], key=attrgetter("request_id"), default=None)
+        if group is None:
+            return False
+        if not self._has_turn(group, out):
+            if self.running or group not in self.swapped[:1]:
+                return False
+            # Alone and still too large: its own copy of a registered prefix is. Recomputed, it shares it again.
+            self._recompute_later(group, "no room for a copy of the prefix")
+        elif group in self.swapped[:1]:
             out.blocks_to_swap_in += self.manager.swap_in(group)
             self._move(group, self.running, Status.RUNNING)
             self._append_slots(group, out)
-
-    def _admit_waiting(self, out: SchedulerOutputs) -> None:
-        """Admit from the head of the queue while blocks, tokens and sequences suffice; nobody overtakes (FCFS)."""
-        num_seqs = sum(group.width for group, _ in out.scheduled)
-        tokens = sum(seq.num_new for seq in out.seqs)
-        while self.waiting:
-            group = self.waiting[0]
-            num_seqs += group.width
-            tokens += sum(seq.num_new for seq in group.unfinished)
-            fits = (num_seqs <= self.max_num_seqs and (tokens <= self.max_num_batched_tokens or not out.scheduled)
-                    and self.manager.can_allocate(group, beside_others=bool(self.running)))
-            if not fits:
-                return
+        else:
             out.blocks_to_copy += self.manager.allocate(group)
             self._move(group, self.running, Status.RUNNING)
-            self._tell(ev.Admit, request=group.request_id)
+            self.trace.emit(ev.Admit, request=group.request_id)
             out.scheduled.append((group, group.unfinished))
+        return True
+
+    def _has_turn(self, group: SequenceGroup, out: SchedulerOutputs) -> bool:
+        num_seqs = group.width + sum(other.width for other, _ in out.scheduled)
+        tokens = sum(seq.num_new for seq in out.seqs + group.unfinished)
+        fits = self.manager.can_swap_in if group in self.swapped[:1] else self.manager.can_allocate
+        return (num_seqs <= self.max_num_seqs and (tokens <= self.max_num_batched_tokens or not out.scheduled)
+                and fits(group, beside_others=bool(self.running)))
 
     def _preempt(self, group: SequenceGroup, out: SchedulerOutputs, why: str, how: PreemptionMode | None = None) -> None:
         """All-or-nothing (§4.5): every block of every sequence of the request is given up.
@@ -169,16 +173,17 @@ class Scheduler:
         how = how or self.preemption_mode or ("recompute" if len(group.unfinished) == 1 else "swap")
         if how == "swap" and not self.manager.can_swap_out(group):
             how, why = "recompute", f"{why}; the host pool is full"
-        self._tell(ev.Preempt, request=group.request_id, why=why, how=how)
         if how == "recompute":
-            self._recompute_later(group)
+            self._recompute_later(group, why)
         else:
+            self.trace.emit(ev.Preempt, request=group.request_id, why=why, how=how)
             out.blocks_to_swap_out += self.manager.swap_out(group)
             self._unmoved.append(group)
             self._move(group, self.swapped, Status.SWAPPED)
 
-    def _recompute_later(self, group: SequenceGroup) -> None:
+    def _recompute_later(self, group: SequenceGroup, why: str) -> None:
         """Free all blocks; the tokens are kept and join the prompt when the request is admitted again (§4.5)."""
+        self.trace.emit(ev.Preempt, request=group.request_id, why=why, how="recompute")
         self._drop_blocks(group)
         self._move(group, self.waiting, Status.WAITING)
 
@@ -188,10 +193,10 @@ class Scheduler:
             if group.finished:
                 self.remove(group)
             else:
-                self._tell(ev.Preempt, request=group.request_id, why="the iteration failed", how="recompute")
-                self._recompute_later(group)
+                self._recompute_later(group, "the iteration failed")
         for group in self.waiting:  # one of them may have been about to be admitted
             self._drop_blocks(group)
+        self.manager.free_all_but({seq.seq_id for group in self.unfinished for seq in group.seqs})
 
     def _drop_blocks(self, group: SequenceGroup) -> None:
         for seq in group.unfinished:
@@ -208,7 +213,3 @@ class Scheduler:
         insort(queue, group, key=attrgetter("request_id"))
         for seq in group.unfinished:
             seq.status = status
-
-    def _tell(self, event: type[ev.Event], **what: object) -> None:
-        if self.manager.trace is not None:
-            self.manager.trace.emit(event, **what)

@@ -37,7 +37,7 @@ class Sequence:
         Leading tokens whose keys and values are in the cache. While a sequence decodes this is all but the token
         sampled last, whose KV the next iteration computes (§4.3).
     block_table : BlockTable or None
-        Its table in the last iteration that ran it, for showing; the manager holds the one that counts.
+        A copy of its table as the last iteration that ran it used it, for showing.
     generator : torch.Generator or None
         The randomness of this sequence alone, so that a batch never changes its draws.
     """
@@ -78,7 +78,8 @@ class Sequence:
 
     def fork(self, seq_id: int) -> Sequence:
         """A sequence with the same tokens and progress; its blocks are the manager's to share."""
-        return replace(self, seq_id=seq_id, token_ids=list(self.token_ids), logprobs=list(self.logprobs))
+        return replace(self, seq_id=seq_id, token_ids=list(self.token_ids), logprobs=list(self.logprobs),
+                       detokenizer=self.detokenizer and self.detokenizer.fork())
 
 
 @dataclass(eq=False)
@@ -104,6 +105,11 @@ class SequenceGroup:
     max_len: int
     seed: int
     hypotheses: list[tuple[float, Sequence]] = field(default_factory=list)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt, which all its sequences begin with."""
+        return self.seqs[0].token_ids[:self.seqs[0].prompt_len]
 
     @property
     def width(self) -> int:

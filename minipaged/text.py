@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import TYPE_CHECKING
 
 from .errors import InvalidPrompt
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .sequence import Sequence
+
+
+CONTEXT = 5  # tokens of the prompt before the output that decoding starts with
 
 
 class Tokens:
@@ -50,26 +54,31 @@ class Tokens:
             self._texts[token_id] = f"<{token_id}>" if self.tokenizer is None else self.tokenizer.decode([token_id])
         return self._texts[token_id]
 
-    def stream(self, token_ids: Iterable[int] = ()) -> "Detokenizer":
-        """A decoder for the output of one sequence that has generated ``token_ids`` so far."""
-        decoder = Detokenizer(self)
-        for token in token_ids:
-            decoder.push(token)
-        return decoder
+    def stream(self, prompt_token_ids: Iterable[int] = ()) -> "Detokenizer":
+        """A decoder for the output behind a prompt."""
+        return Detokenizer(self, list(prompt_token_ids)[-CONTEXT:])
 
 
 class Detokenizer:
     """Decodes the output of one sequence as it grows, without special tokens.
 
-    A character may take several tokens; its text comes with the last of them.
+    A character may take several tokens; its text comes with the last of them. And a token's text may depend on whether
+    it stands at the beginning: so decoding starts a few tokens before the output.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, before: list[int]) -> None:
+        self._tokens, self._before = tokens, before
         if tokens.tokenizer is not None:
             from tokenizers.decoders import DecodeStream
 
-            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream = DecodeStream(ids=before, skip_special_tokens=True)
+
+    def fork(self) -> "Detokenizer":
+        """A decoder in the same state, for a fork of the sequence."""
+        other = copy(self)
+        if self._tokens.tokenizer is not None:
+            other._stream = copy(self._stream)
+        return other
 
     def push(self, token_id: int) -> str:
         """The text that this token completes."""
@@ -79,5 +88,5 @@ class Detokenizer:
 
     def rest(self, seq: "Sequence") -> str:
         """What is still held back when a sequence ends in the middle of a character."""
-        whole = self._tokens.decode(seq.output_token_ids)
+        whole = self._tokens.decode(self._before + seq.output_token_ids)[len(self._tokens.decode(self._before)):]
         return whole[len(seq.text):] if whole.startswith(seq.text) else ""

@@ -7,13 +7,14 @@ Every picture is drawn from this stream. A trace in a file is JSON Lines: one ev
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-from .display import html_table, text_table
+from .display import Shown
 from .errors import TraceError
 
 SCHEMA = 1
@@ -161,11 +162,12 @@ class Preempt(Event):
 
 @dataclass(frozen=True, slots=True)
 class Free(Event):
-    """A sequence gives up its blocks; one without any other reader is free again."""
+    """A sequence gives up its blocks, of the device or the host pool; one without any other reader is free again."""
 
     kind: ClassVar[str] = "free"
     seq: int
     blocks: list[int]
+    host: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class Finish(Event):
 KINDS: dict[str, type[Event]] = {event.kind: event for event in Event.__subclasses__()}
 
 
-class Trace:
+class Trace(Shown):
     """The events of one engine, in memory and, if a path is given, written to a file as they come.
 
     Parameters
@@ -199,7 +201,16 @@ class Trace:
         """Append an event of the present step."""
         self.events.append(event(step=self.step, **what))
         if self._file is not None:
-            self._file.write(to_json(self.events[-1]) + "\n")
+            try:
+                self._file.write(to_json(self.events[-1]) + "\n")
+            except OSError as error:  # a full disk must not stop the engine in the middle of an iteration
+                warnings.warn(f"the trace file ends here, the engine goes on: {error}", stacklevel=2)
+                self._file = None
+
+    def begin_step(self) -> None:
+        """Count an iteration and tell that it begins."""
+        self.step += 1
+        self.emit(Begin)
 
     def close(self) -> None:
         """Close the file, if there is one; the events stay."""
@@ -218,11 +229,15 @@ class Trace:
         counts = Counter(event.kind for event in self.events)
         return ["event", "times"], list(counts.items()), f"{len(self.events)} events in {self.step} iterations"
 
-    def __repr__(self) -> str:
-        return text_table(*self._rows())
 
-    def _repr_html_(self) -> str:
-        return html_table(*self._rows())
+class _NoTrace(Trace):
+    """Takes events and keeps none."""
+
+    def emit(self, event: type[Event], **what: Any) -> None:
+        """Do nothing."""
+
+
+NO_TRACE = _NoTrace()
 
 
 def to_json(event: Event) -> str:
@@ -297,6 +312,7 @@ class MemoryState:
         self.status: dict[int, str] = {}
         self.ref_counts = [0] * start.num_blocks
         self.host_ref_counts = [0] * start.num_host_blocks
+        self._unfinished: dict[int, set[int]] = {}
 
     def sequences(self, request: int) -> list[int]:
         """The sequences of a request that hold blocks."""
@@ -332,6 +348,7 @@ class MemoryState:
 
     def _add(self, e: Add) -> None:
         self.request_of[e.seq], self.status[e.request] = e.request, "waiting"
+        self._unfinished[e.request] = {e.seq}
         self.tokens[e.seq], self.token_ids[e.seq] = list(e.texts), list(e.token_ids)
         self.prompt_len[e.seq] = len(e.token_ids)
 
@@ -350,6 +367,7 @@ class MemoryState:
         self.request_of[e.seq], self.prompt_len[e.seq] = e.request, self.prompt_len[e.parent]
         self.tokens[e.seq], self.token_ids[e.seq] = list(self.tokens[e.parent]), list(self.token_ids[e.parent])
         self.num_tokens[e.seq] = self.num_tokens[e.parent]
+        self._unfinished[e.request].add(e.seq)
 
     def _copy(self, e: Copy) -> None:
         self.tables[e.seq][e.logical] = e.dst
@@ -364,7 +382,7 @@ class MemoryState:
         self.token_ids[e.seq].append(e.token_id)
 
     def _free(self, e: Free) -> None:
-        counts = self.host_ref_counts if self.on_host(e.seq) else self.ref_counts
+        counts = self.host_ref_counts if e.host else self.ref_counts
         for block in e.blocks:
             counts[block] -= 1
         del self.tables[e.seq], self.num_tokens[e.seq]
@@ -389,7 +407,9 @@ class MemoryState:
             self.status[e.request] = "waiting"
 
     def _finish(self, e: Finish) -> None:
-        self.status[e.request] = "finished"
+        self._unfinished[e.request].discard(e.seq)
+        if not self._unfinished[e.request]:
+            self.status[e.request] = "finished"
 
 
 def states(events: Iterable[Event]) -> Iterator[tuple[Event, MemoryState]]:

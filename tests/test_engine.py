@@ -9,8 +9,10 @@ import threading
 import time
 import weakref
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 import minipaged
 from minipaged import LLM, SamplingParams, Trace
@@ -47,7 +49,8 @@ def test_the_papers_example(llm):
 def test_prompts_as_text_ids_and_lists(llm):
     ids = llm.get_tokenizer()(FOUR_SCORE)["input_ids"]
     wanted = llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].token_ids
-    for prompts, count in [(ids, 1), ([FOUR_SCORE], 1), ([ids, FOUR_SCORE], 2), (tuple(ids), 1)]:
+    for prompts, count in [(ids, 1), ([FOUR_SCORE], 1), ([ids, FOUR_SCORE], 2), (tuple(ids), 1), (np.array(ids), 1),
+                           ({"prompt": FOUR_SCORE}, 1), ([{"prompt_token_ids": ids}, torch.tensor(ids)], 2)]:
         outputs = llm.generate(prompts, GREEDY)
         assert [output.outputs[0].token_ids for output in outputs] == [wanted] * count
 
@@ -86,9 +89,12 @@ def test_stop_text_stop_token_and_end_of_sequence(llm):
     tokens = llm.get_tokenizer()
     stopped = llm.generate(FOUR_SCORE, SamplingParams(temperature=0, max_tokens=9, stop="ght fo"))[0].outputs[0]
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (" fathers brou", "stop", "ght fo")
+    shown = [out.outputs[0].text for out in llm.stream(FOUR_SCORE, SamplingParams(temperature=0, stop="brought forth"))]
+    assert shown[-1] == " fathers " and all(shown[-1].startswith(text) for text in shown), "a stop text was shown"
     forth = tokens.encode(" forth", add_special_tokens=False)[0]
     stopped = llm.generate(FOUR_SCORE, SamplingParams(temperature=0, stop_token_ids=[forth]))[0].outputs[0]
     assert (stopped.token_ids[-1], stopped.finish_reason, stopped.stop_reason) == (forth, "stop", forth)
+    assert stopped.text == " fathers brought"
     later = llm.generate(FOUR_SCORE, SamplingParams(temperature=0, stop_token_ids=[forth], min_tokens=5))[0].outputs[0]
     assert forth not in later.token_ids[:5] and len(later.token_ids) >= 5
 
@@ -108,8 +114,6 @@ def test_max_tokens_none_fills_the_context():
 
 
 def test_logprobs(llm, oracle):
-    import torch
-
     out = llm.generate(FOUR_SCORE, SamplingParams(temperature=0, max_tokens=3, logprobs=2))[0].outputs[0]
     ids = llm.get_tokenizer()(FOUR_SCORE)["input_ids"]
     for i, (token, ranked) in enumerate(zip(out.token_ids, out.logprobs)):
@@ -181,7 +185,10 @@ def test_first_come_first_served_and_the_latest_gives_way():
     ([5] * 2048, GREEDY, PromptTooLong, "2047"),
     ([5, 4096], GREEDY, TokenOutOfVocabulary, "4096"),
     ([5, -1], GREEDY, TokenOutOfVocabulary, "-1"),
-    ([5, 2.5], GREEDY, InvalidPrompt, "neither"),
+    ([[5, 2.5]], GREEDY, InvalidPrompt, "list of token ids"),
+    ([True, False], GREEDY, InvalidPrompt, "whole numbers"),
+    (b"text", GREEDY, InvalidPrompt, "neither"),
+    ([5], {"temperature": 0}, InvalidParams, "SamplingParams"),
     (3, GREEDY, InvalidPrompt, "neither"),
     ([5] * 250, GREEDY, RequestTooLarge, "65 blocks of 4, and the pool has 64"),
     ([5], SamplingParams(stop_token_ids=[9999]), InvalidParams, "9999"),
@@ -194,7 +201,9 @@ def test_a_bad_prompt_is_refused_before_anything_is_allocated(llm, prompt, param
 
 @pytest.mark.parametrize("options", [dict(max_tokens=0), dict(temperature=-1), dict(top_p=0), dict(top_p=1.1),
                                      dict(top_k=-2), dict(min_tokens=5, max_tokens=4), dict(logprobs=-1),
-                                     dict(stop=""), dict(min_tokens=-1)], ids=str)
+                                     dict(stop=""), dict(min_tokens=-1), dict(n=0), dict(n=2, temperature=0),
+                                     dict(best_of=1, n=2), dict(max_tokens=2.5), dict(seed=2**64), dict(stop=[3]),
+                                     dict(stop_token_ids=["a"]), dict(temperature=float("nan"))], ids=str)
 def test_bad_sampling_params(options):
     with pytest.raises(InvalidParams, match=next(iter(options))):
         SamplingParams(**options)
@@ -205,6 +214,7 @@ def test_bad_sampling_params(options):
     (dict(num_gpu_blocks_override=0), InvalidConfig), (dict(gpu_memory_utilization=0), InvalidConfig),
     (dict(dtype="int8"), InvalidConfig), (dict(attention="magic"), InvalidConfig), (dict(swap_space=-1), InvalidConfig),
     (dict(max_model_len=4096), InvalidConfig), (dict(max_num_batched_tokens=100), InvalidConfig),
+    (dict(max_model_len=16, max_num_batched_tokens=100), InvalidConfig),
     (dict(device="abacus"), InvalidConfig), (dict(gpu_memory_utilization=1e-12), InvalidConfig),
 ], ids=str)
 def test_bad_config(options, error):
@@ -273,8 +283,9 @@ def test_interrupting_generate_leaves_every_block_free(llm):
 
 
 @pytest.mark.parametrize("where", ["schedule", "run", "sample"])
-def test_a_failure_inside_an_iteration_loses_nothing(llm, monkeypatch, where):
-    """Whatever fails, the requests of others go on, by recomputation, and give the same tokens."""
+def test_a_failure_inside_an_iteration_loses_no_block(llm, monkeypatch, where):
+    """The requests of others go on, by recomputation, and give the same tokens; where tokens were being sampled, which
+    cannot be done twice, they are aborted."""
     import minipaged.output_processor as processor
 
     wanted = llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].token_ids
@@ -291,10 +302,13 @@ def test_a_failure_inside_an_iteration_loses_nothing(llm, monkeypatch, where):
         with pytest.raises(MemoryError):
             llm.generate([FOUR_SCORE, "It was the best"], GREEDY)
     llm.engine._audit()
-    for output in beside:
-        pass
-    assert output.outputs[0].token_ids == wanted
+    outputs = list(beside)
+    if where == "sample":
+        assert [output.outputs[0].finish_reason for output in outputs[-2:]] == ["abort", "abort"]
+    else:
+        assert outputs[-1].outputs[0].token_ids == wanted
     assert_all_free(llm)
+    assert llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].token_ids == wanted
 
 
 def test_abort_frees_the_blocks_at_once(llm):
@@ -304,6 +318,70 @@ def test_abort_frees_the_blocks_at_once(llm):
     llm.engine.abort(group)
     assert_all_free(llm)
     assert group.seqs[0].finish_reason == "abort"
+
+
+def test_abort_by_number_ends_a_stream(llm):
+    stream = llm.stream(FOUR_SCORE, GREEDY)
+    llm.abort(next(stream).request_id)
+    assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
+    assert_all_free(llm)
+
+
+def test_a_stream_that_is_collected_in_the_middle_of_an_iteration(llm, monkeypatch):
+    """The garbage collector may close a forgotten stream anywhere; its request ends after the iteration."""
+    wanted = llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].token_ids
+    forgotten = [llm.stream(FOUR_SCORE, GREEDY)]
+    next(forgotten[0])
+    run = llm.engine.runner.run
+
+    def collect(*args):
+        forgotten.clear()
+        return run(*args)
+
+    monkeypatch.setattr(llm.engine.runner, "run", collect)
+    assert llm.generate(FOUR_SCORE, GREEDY)[0].outputs[0].token_ids == wanted
+    assert_all_free(llm)
+
+
+def test_a_failure_between_forks_leaves_no_block_behind(llm, monkeypatch):
+    """Sample 2 of 3 cannot be made: its sibling was forked already, but belongs to no request yet."""
+    from minipaged.sequence import Sequence
+
+    fork, calls = Sequence.fork, []
+
+    def fail_second(self, seq_id):
+        calls.append(seq_id)
+        if len(calls) == 2:
+            raise MemoryError("planted")
+        return fork(self, seq_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "fork", fail_second)
+        with pytest.raises(MemoryError):
+            llm.generate(FOUR_SCORE, SamplingParams(n=3, seed=0))
+    llm.engine._audit()
+    assert_all_free(llm)
+
+
+def test_a_trace_that_cannot_be_written_does_not_stop_the_engine(tmp_path):
+    trace = Trace(tmp_path / "trace.jsonl")
+    trace._file.close()
+    trace._file = open("/dev/full", "w", buffering=1)
+    with pytest.warns(UserWarning, match="trace file ends here"):
+        with LLM("tiny-opt", num_gpu_blocks_override=8, trace=trace) as llm:
+            assert llm.generate([5, 6], GREEDY)[0].finished
+            assert_all_free(llm)
+
+
+def test_a_prefix_and_a_request_swapped_out_do_not_wait_for_each_other():
+    """Swapped in, the group would need copies of the prefix's blocks, for which there is no room: it is recomputed."""
+    prefix = list(range(10, 34))
+    with LLM("tiny-opt", block_size=4, num_gpu_blocks_override=14, audit=True) as llm:
+        llm.register_prefix(prefix)
+        params = SamplingParams(n=2, max_tokens=12, seed=1, ignore_eos=True)
+        outputs = llm.generate([prefix + [40 + i] for i in range(3)], params)
+        alone = [llm.generate(prefix + [40 + i], params)[0] for i in range(3)]
+    assert [[o.token_ids for o in out.outputs] for out in outputs] == [[o.token_ids for o in a.outputs] for a in alone]
 
 
 def test_a_second_thread_waits_for_its_turn(llm):

@@ -111,7 +111,8 @@ def test_words_of_the_paper(tokenizer, text, count):
 
 def test_round_trip_is_exact_for_any_text(tokenizer):
     rng = random.Random(0)
-    texts = ["  two  spaces , and a comma . don 't ", "line\r\n\n\ttab\x00", "café cafe\u0301 \ufb01 Å", "日本語 العربية",
+    texts = ["  two  spaces , and a comma . don 't ", "line\r\n\n\ttab\x00", "café cafe\u0301 \ufb01 Å",
+             "日本語 العربية",
              "👩‍👩‍👧 🏳️‍🌈", "\u2028\ufeff\u00a0x"]
     points = [p for p in range(0x110000) if not 0xD800 <= p < 0xE000]
     texts += ["".join(map(chr, rng.choices(points, k=50))) for _ in range(50)]
@@ -151,11 +152,13 @@ def losses_at(model, ids: list[int], first: int) -> float:
     return torch.nn.functional.cross_entropy(logits[0], rows[0, 1:]).item()
 
 
-def test_every_position_is_trained(tokenizer, model):
+def test_every_position_is_trained(tokenizer, model, training):
     """Position embeddings begin at zero in train.py, so an untrained row is zero; and the text is read as well
     at the end of the context as at its beginning."""
+    assert training.build_model().model.decoder.embed_positions.weight.count_nonzero() == 0
     table = model.model.decoder.embed_positions.weight
     assert table.shape == (2048 + 2, 256)
+    assert table[:2].count_nonzero() == 0  # OPT's offset of 2: these rows are never used
     norms = table[2:].detach().norm(dim=1)
     assert norms.min() > 0.2 * norms.median()
     ids = tokenizer.encode(PARAGRAPH)
@@ -163,8 +166,8 @@ def test_every_position_is_trained(tokenizer, model):
     step = len(ids) - 1
     firsts = [*range(0, 2048 - step, step), 2048 - step]
     losses = [losses_at(model, ids, first) for first in firsts]
-    assert losses[0] < 5.0
-    assert max(losses) < losses[0] + 0.4
+    assert losses[0] < 4.0
+    assert max(losses) < losses[0] + 0.2
 
 
 def test_loss_stays_low_through_a_whole_context(tokenizer, model):

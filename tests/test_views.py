@@ -142,7 +142,7 @@ def test_swapped_blocks_are_shown_in_the_host_pool() -> None:
 
 def test_waiting_requests_are_named() -> None:
     events = [*figure_7(), ev.Add(4, 2, 2, [1, 2], ["a", "b"]), ev.Preempt(5, 1, "no free block", "recompute"),
-              ev.Free(5, 1, [5, 2])]
+              ev.Free(5, 1, [5, 2], False)]
     view = memory_view(events)
     assert "waiting: B (6 tokens), C (2 tokens)" in view.text and "waiting: B (6 tokens), C (2 tokens)" in view.svg
 

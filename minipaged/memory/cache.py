@@ -32,8 +32,7 @@ class KVCache:
         self.block_size = block_size
         per_block = block_size, num_kv_heads, head_dim
         self.data = torch.empty(num_layers, 2, num_blocks, *per_block, dtype=dtype, device=device)
-        self.host = torch.empty(num_layers, 2, num_host_blocks, *per_block, dtype=dtype,
-                                pin_memory=device.type == "cuda" and num_host_blocks > 0)
+        self.host = torch.empty(num_layers, 2, num_host_blocks, *per_block, dtype=dtype)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value tensor of a layer, each [blocks, block_size, kv_heads, head_dim]."""
@@ -67,5 +66,6 @@ class KVCache:
 def _copy(source: torch.Tensor, target: torch.Tensor, pairs: list[tuple[int, int]]) -> None:
     if pairs:
         read, write = torch.tensor(pairs).T
-        blocks = source[:, :, read.to(source.device)]  # [layers, 2, pairs, block_size, kv_heads, head_dim]
-        target[:, :, write.to(target.device)] = blocks.to(target.device)
+        read, write = read.to(source.device), write.to(target.device)
+        for blocks, copies in zip(source.flatten(0, 1), target.flatten(0, 1)):  # layer by layer: less memory in between
+            copies[write] = blocks[read].to(copies.device)  # [pairs, block_size, kv_heads, head_dim]

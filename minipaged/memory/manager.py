@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from .. import trace as ev
-from ..display import html_table, text_table
+from ..display import Shown
 from ..errors import OutOfBlocks
 from .blocks import BlockAllocator
 from .plan import Plan, blocks_needed, make_plans
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from ..sequence import Sequence, SequenceGroup
-    from ..trace import Trace
 
 
-class BlockSpaceManager:
+class BlockSpaceManager(Shown):
     """Gives every sequence its block table, out of a device and a host pool.
 
     Parameters
@@ -35,14 +34,14 @@ class BlockSpaceManager:
         The paper has none; vLLM v0.1 leaves 0.01.
     enable_prefix_caching : bool
         Find full blocks again by their contents.
-    trace : Trace or None
+    trace : Trace
         Where what happens is told.
 
     Source: §4.2 "KV cache manager", Figure 4.
     """
 
     def __init__(self, block_size: int, num_gpu_blocks: int, num_cpu_blocks: int, watermark: float = 0.01,
-                 enable_prefix_caching: bool = False, trace: "Trace | None" = None) -> None:
+                 enable_prefix_caching: bool = False, trace: ev.Trace = ev.NO_TRACE) -> None:
         self.block_size, self.trace, self.caching = block_size, trace, enable_prefix_caching
         self.device = (PrefixCachingAllocator if enable_prefix_caching else BlockAllocator)(num_gpu_blocks, "device")
         self.host = BlockAllocator(num_cpu_blocks, "host")
@@ -116,19 +115,19 @@ class BlockSpaceManager:
         table.num_tokens = len(seq.token_ids)
         table.keys = list(plan.keys[:table.num_tokens // self.block_size]) if self.caching else []
         seq.num_computed = min(table.num_shared, len(seq.token_ids) - 1)
-        self._tell(ev.Write, seq=seq.seq_id, start=table.num_shared, end=table.num_tokens)
+        self.trace.emit(ev.Write, seq=seq.seq_id, start=table.num_shared, end=table.num_tokens)
         return copies
 
     # ---- the three ways to get a block -----------------------------------------------------------------------
 
     def _extend(self, seq: "Sequence", table: BlockTable) -> None:
         table.blocks.append(self.device.allocate())
-        self._tell(ev.Allocate, seq=seq.seq_id, logical=len(table.blocks) - 1, block=table.blocks[-1])
+        self.trace.emit(ev.Allocate, seq=seq.seq_id, logical=len(table.blocks) - 1, block=table.blocks[-1])
 
     def _share(self, seq: "Sequence", table: BlockTable, block: int) -> None:
         self.device.share(block)
         table.blocks.append(block)
-        self._tell(ev.Share, seq=seq.seq_id, logical=len(table.blocks) - 1, block=block)
+        self.trace.emit(ev.Share, seq=seq.seq_id, logical=len(table.blocks) - 1, block=block)
 
     def _copy_on_write(self, seq: "Sequence", table: BlockTable, copied: int | None = None) -> list[tuple[int, int]]:
         """Move the last entry of a table from a shared block to a copy of its own, or to one that exists (§4.4)."""
@@ -140,7 +139,7 @@ class BlockSpaceManager:
             self.device.share(target)
         table.blocks[-1] = target
         self.device.free(source)
-        self._tell(ev.Copy, seq=seq.seq_id, logical=len(table.blocks) - 1, src=source, dst=target)
+        self.trace.emit(ev.Copy, seq=seq.seq_id, logical=len(table.blocks) - 1, src=source, dst=target)
         return [(source, target)] if copied is None else []
 
     # ---- decoding --------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class BlockSpaceManager:
         elif self.device.ref_counts[table.blocks[-1]] > 1:
             copies = self._copy_on_write(seq, table)
         table.num_tokens += 1
-        self._tell(ev.Write, seq=seq.seq_id, start=table.num_tokens - 1, end=table.num_tokens)
+        self.trace.emit(ev.Write, seq=seq.seq_id, start=table.num_tokens - 1, end=table.num_tokens)
         return copies
 
     def mark_computed(self, seq: "Sequence") -> None:
@@ -205,14 +204,21 @@ class BlockSpaceManager:
 
     def free(self, seq: "Sequence") -> None:
         """Give up all blocks of a sequence, in whichever pool they are (§5.2); without a table, nothing."""
-        table = self.block_tables.pop(seq.seq_id, None)
-        if table is None:
-            return
-        pool = self.host if seq.seq_id in self.swapped else self.device
-        self.swapped.discard(seq.seq_id)
+        if seq.seq_id in self.block_tables:
+            self._free(seq.seq_id)
+
+    def free_all_but(self, seq_ids: set[int]) -> None:
+        """Free the tables of all sequences but these and the registered prefixes: forks that nobody got."""
+        for seq_id in self.block_tables.keys() - seq_ids - self.prefixes.keys():
+            self._free(seq_id)
+
+    def _free(self, seq_id: int) -> None:
+        table, on_host = self.block_tables.pop(seq_id), seq_id in self.swapped
+        self.swapped.discard(seq_id)
         for block in reversed(table.blocks):  # the first block lands on top: the next request gets them in this order
-            pool.free(block)
-        self._tell(ev.Free, seq=seq.seq_id, blocks=list(table.blocks))
+            (self.host if on_host else self.device).free(block)
+        if table.blocks:  # none, if an allocation failed at the first: then the trace knows of no table either
+            self.trace.emit(ev.Free, seq=seq_id, blocks=list(table.blocks), host=on_host)
 
     # ---- swapping --------------------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class BlockSpaceManager:
         """
         pairs = move_tables(self._tables(group), self.device, self.host)
         self.swapped.update(seq.seq_id for seq in group.unfinished)
-        self._tell(ev.SwapOut, request=group.request_id, blocks=[list(pair) for pair in pairs])
+        self.trace.emit(ev.SwapOut, request=group.request_id, blocks=[list(pair) for pair in pairs])
         return pairs
 
     def can_swap_in(self, group: "SequenceGroup", beside_others: bool) -> bool:
@@ -248,7 +254,7 @@ class BlockSpaceManager:
         """Move all blocks of a group back to the device pool: (host block, device block); errors as in `swap_out`."""
         pairs = move_tables(self._tables(group), self.host, self.device)
         self.swapped.difference_update(seq.seq_id for seq in group.unfinished)
-        self._tell(ev.SwapIn, request=group.request_id, blocks=[list(pair) for pair in pairs])
+        self.trace.emit(ev.SwapIn, request=group.request_id, blocks=[list(pair) for pair in pairs])
         return pairs
 
     def _tables(self, group: "SequenceGroup") -> list[BlockTable]:
@@ -272,10 +278,6 @@ class BlockSpaceManager:
         """The table of a sequence that is running or swapped out."""
         return self.block_tables[seq.seq_id]
 
-    def _tell(self, event: type[ev.Event], **what: object) -> None:
-        if self.trace is not None:
-            self.trace.emit(event, **what)
-
     def _rows(self) -> tuple[list[str], list[tuple[object, ...]], str]:
         rows = [(seq, len(t.blocks), t.num_tokens, " ".join(map(str, t.blocks)))
                 for seq, t in self.block_tables.items()]
@@ -283,9 +285,3 @@ class BlockSpaceManager:
         return ["sequence", "blocks", "tokens", "physical blocks"], rows, (
             f"{used} of {self.device.num_blocks} device blocks of {self.block_size} tokens in use, "
             f"{self.host.num_blocks - self.host.num_free} of {self.host.num_blocks} host blocks")
-
-    def __repr__(self) -> str:
-        return text_table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._rows())

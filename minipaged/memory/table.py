@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from ..display import html_table, text_table
+from ..display import Shown
 
 Position = TypeVar("Position")
 
@@ -26,7 +26,7 @@ def translate(block_table: "list[int]", position: Position, block_size: int) -> 
     return block_table[position // block_size], position % block_size
 
 
-class BlockTable:
+class BlockTable(Shown):
     """Maps the logical blocks of one sequence to physical ones.
 
     Attributes
@@ -66,9 +66,3 @@ class BlockTable:
     def _rows(self) -> tuple[list[str], list[tuple[int, int, str]]]:
         rows = [(i, block, f"{self.filled(i)}/{self.block_size}") for i, block in enumerate(self.blocks)]
         return ["logical block", "physical block", "filled"], rows
-
-    def __repr__(self) -> str:
-        return text_table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._rows())

@@ -146,7 +146,7 @@ class Batches:
 
 # ---------------------------------------------------------------- model
 def build_model() -> OPTForCausalLM:
-    """OPT's architecture, 6.4 million parameters. Position embeddings start at zero: a row that is still zero
+    """OPT's architecture, 6.3 million parameters. Position embeddings start at zero: a row that is still zero
     after training was never trained."""
     config = OPTConfig(
         vocab_size=VOCAB_SIZE, hidden_size=256, word_embed_proj_dim=256, num_hidden_layers=6,
