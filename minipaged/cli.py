@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import MinipagedError, TraceError
+from .errors import InvalidConfig, MinipagedError, TraceError
 from .params import SamplingParams
 from .trace import Trace
 
@@ -72,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
     command.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
     command.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+    command = commands.add_parser("view", help="write the microscope over a trace as one HTML file")
+    command.set_defaults(run=view)
+    command.add_argument("trace", type=Path, metavar="TRACE.jsonl", help="a file that generate --trace wrote")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the trace's name with .html")
+    command.add_argument("--step", type=int, help="the iteration to open at (default: the last that used a block)")
+
+    command = commands.add_parser("kernels", help="what the compiler makes of the Triton kernels; needs no GPU")
+    command.set_defaults(run=kernels)
+    command.add_argument("--report", action="store_true", required=True,
+                         help="compile them for A100, H100 and MI300X, and list registers, spills and load widths")
     return parser
 
 
@@ -126,6 +138,29 @@ def generate(args: argparse.Namespace) -> int:
                 print(output.outputs[0].text[shown:], end="", flush=True)
                 shown = len(output.outputs[0].text)
             print(f"\n\n{output.block_tables[0]}")
+    return 0
+
+
+def view(args: argparse.Namespace) -> int:
+    """Write a recorded trace as one file that any browser opens from the disk."""
+    from .views import html
+
+    output = args.output or args.trace.with_suffix(".html")
+    try:
+        html.save(args.trace, output, args.step)
+    except OSError as error:
+        raise TraceError(f"{error}; name a trace that you may read and a file that you may write") from error
+    print(output)
+    return 0
+
+
+def kernels(args: argparse.Namespace) -> int:
+    """Print the report on the compiled kernels."""
+    if find_spec("triton") is None:
+        raise InvalidConfig("Triton is not to be had on this platform; the report needs its compiler, on Linux")
+    from .kernel_report import report
+
+    print(report())
     return 0
 
 

@@ -85,15 +85,16 @@ class ModelRunner:
         The model's end-of-sequence tokens.
     num_gpu_blocks, num_cpu_blocks : int
         Blocks in the device and in the host pool.
-    attention_reason : str
-        Which backend computes attention, and why.
+    backend : attention.Backend
+        What computes attention, and why.
 
     Raises
     ------
     UnknownModel, MissingWeights, UnsupportedModel
         As `load_config`.
     InvalidConfig
-        ``max_model_len`` is more than the model's, or not a single block fits in memory.
+        ``max_model_len`` is more than the model's, not a single block fits in memory, or the device or the attention
+        backend asked for cannot be used.
     """
 
     def __init__(self, config: "EngineConfig") -> None:
@@ -105,7 +106,10 @@ class ModelRunner:
         if self.max_model_len > longest:
             raise InvalidConfig(f"max_model_len is {self.max_model_len}, but {config.model} has {longest} positions")
         self.vocab_size = self.hf_config.vocab_size
-        self.attention, self.attention_reason = _pick_attention(config.attention, self.device)
+        heads = self.hf_config.num_attention_heads
+        self.head_dim = getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // heads
+        self.backend = attention.choose_backend(config.attention, self.device, self.head_dim, self.dtype,
+                                                config.block_size)
         self.model, self.tokenizer = _load(source, self.dtype, self.device)
         eos = self.model.generation_config.eos_token_id
         self.eos_token_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -113,10 +117,8 @@ class ModelRunner:
 
     def _size_pools(self, config: "EngineConfig") -> None:
         hf = self.hf_config
-        heads = hf.num_attention_heads
-        kv_heads = getattr(hf, "num_key_value_heads", None) or heads
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-        self.bytes_per_token = 2 * hf.num_hidden_layers * kv_heads * head_dim * self.dtype.itemsize
+        kv_heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+        self.bytes_per_token = 2 * hf.num_hidden_layers * kv_heads * self.head_dim * self.dtype.itemsize
         block_bytes = self.bytes_per_token * config.block_size
         useful = config.max_num_seqs * -(-self.max_model_len // config.block_size)
         self.num_gpu_blocks = config.num_gpu_blocks_override or min(_free_bytes(self.device, config) // block_bytes,
@@ -127,7 +129,7 @@ class ModelRunner:
         # §4.5: the space for swapped blocks is bounded by the device's; without room there, requests are recomputed.
         self.num_cpu_blocks = min(int(config.swap_space * GIB) // block_bytes, self.num_gpu_blocks)
         self.cache = KVCache(hf.num_hidden_layers, self.num_gpu_blocks, self.num_cpu_blocks, config.block_size,
-                             kv_heads, head_dim, self.dtype, self.device)
+                             kv_heads, self.head_dim, self.dtype, self.device)
 
     def run(self, seqs: list["Sequence"], tables: list["BlockTable"]) -> torch.Tensor:
         """Run the new tokens of all sequences through the model in one packed row (§4.3).
@@ -155,7 +157,7 @@ class ModelRunner:
             write_rows=None if len(written) == len(positions) else self._tensor(written),
             write_slots=self._tensor(slots),
             cache=self.cache,
-            attend=attention.BACKENDS[self.attention])
+            backend=self.backend)
         out = self.model(input_ids=self._tensor([token_ids]), position_ids=self._tensor([positions]), use_cache=False,
                          logits_to_keep=self._tensor(last), paged_batch=batch)
         return out.logits[0].float()
@@ -212,12 +214,6 @@ def _pick_dtype(name: str, hf_config: "PreTrainedConfig", device: torch.device) 
     if device.type == "cpu":
         return torch.float32
     return torch.float16 if hf_config.dtype in (None, torch.float32) else hf_config.dtype
-
-
-def _pick_attention(name: str, device: torch.device) -> tuple[str, str]:
-    if name != "auto":
-        return name, f"{name}: asked for"
-    return "cpu", f"cpu: plain PyTorch, which runs on {device.type}"
 
 
 def _free_bytes(device: torch.device, config: "EngineConfig") -> int:

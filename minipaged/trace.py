@@ -297,6 +297,8 @@ class MemoryState:
         Sequence to request.
     status : dict[int, str]
         Request to "waiting", "running", "swapped" or "finished".
+    unfinished : dict[int, set[int]]
+        Request to those of its sequences that still generate.
     ref_counts, host_ref_counts : list[int]
         Readers per physical block of each pool.
     """
@@ -312,7 +314,7 @@ class MemoryState:
         self.status: dict[int, str] = {}
         self.ref_counts = [0] * start.num_blocks
         self.host_ref_counts = [0] * start.num_host_blocks
-        self._unfinished: dict[int, set[int]] = {}
+        self.unfinished: dict[int, set[int]] = {}
 
     def sequences(self, request: int) -> list[int]:
         """The sequences of a request that hold blocks."""
@@ -348,7 +350,7 @@ class MemoryState:
 
     def _add(self, e: Add) -> None:
         self.request_of[e.seq], self.status[e.request] = e.request, "waiting"
-        self._unfinished[e.request] = {e.seq}
+        self.unfinished[e.request] = {e.seq}
         self.tokens[e.seq], self.token_ids[e.seq] = list(e.texts), list(e.token_ids)
         self.prompt_len[e.seq] = len(e.token_ids)
 
@@ -367,7 +369,7 @@ class MemoryState:
         self.request_of[e.seq], self.prompt_len[e.seq] = e.request, self.prompt_len[e.parent]
         self.tokens[e.seq], self.token_ids[e.seq] = list(self.tokens[e.parent]), list(self.token_ids[e.parent])
         self.num_tokens[e.seq] = self.num_tokens[e.parent]
-        self._unfinished[e.request].add(e.seq)
+        self.unfinished[e.request].add(e.seq)
 
     def _copy(self, e: Copy) -> None:
         self.tables[e.seq][e.logical] = e.dst
@@ -407,8 +409,8 @@ class MemoryState:
             self.status[e.request] = "waiting"
 
     def _finish(self, e: Finish) -> None:
-        self._unfinished[e.request].discard(e.seq)
-        if not self._unfinished[e.request]:
+        self.unfinished[e.request].discard(e.seq)
+        if not self.unfinished[e.request]:
             self.status[e.request] = "finished"
 
 

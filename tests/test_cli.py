@@ -253,3 +253,27 @@ def test_generate_into_a_pipe_that_closes() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+# ---------------------------------------------------------------- view, kernels
+def test_a_recorded_run_becomes_one_html_file(tmp_path: Path) -> None:
+    trace, page = tmp_path / "run.jsonl", tmp_path / "run.html"
+    assert cli.main(["generate", PROMPT, "--max-tokens", "3", "--trace", str(trace)]) == 0
+    assert cli.main(["view", str(trace)]) == 0
+    assert page.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+
+
+def test_a_bad_trace_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "run.jsonl"
+    trace.write_text('{"kind": "start"')
+    assert cli.main(["view", str(trace)]) == 2
+    assert "run.jsonl, line 1" in capsys.readouterr().err
+    assert cli.main(["view", str(tmp_path / "none.jsonl")]) == 2
+    assert "name a trace" in capsys.readouterr().err
+
+
+def test_the_report_on_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    assert cli.main(["kernels", "--report"]) == 0
+    printed = capsys.readouterr().out
+    assert "decode" in printed and "sm_90" in printed and "no measurement" in printed

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import workloads
-from oracle import Oracle
 
 from minipaged import LLM, BeamSearchParams, Chaos, SamplingParams, Trace
 from minipaged.errors import InvalidConfig, InvalidParams, RequestTooLarge

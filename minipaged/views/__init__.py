@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..trace import Event, MemoryState, Trace
 from . import svg as _svg
@@ -12,7 +13,16 @@ from . import text as _text
 from .frame import frame_of
 from .reservation import Reservation, reservation_svg, reservation_text
 
-__all__ = ["View", "memory_view", "reservation_view"]
+__all__ = ["Microscope", "View", "memory_view", "microscope", "reservation_view"]
+
+
+def __getattr__(name: str) -> Any:
+    """`microscope` and its class bring ipywidgets along, which takes a while; they are imported when first needed."""
+    if name in ("Microscope", "microscope"):
+        from . import widget
+
+        return getattr(widget, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, repr=False)

@@ -147,7 +147,8 @@ def next_token(state: MemoryState, seq: int) -> str:
 
 def waiting(state: MemoryState) -> list[int]:
     """Sequences that wait for their first block, or for blocks again after recomputation was chosen."""
-    return [seq for seq, request in state.request_of.items() if state.status[request] == "waiting"]
+    return [seq for seq, request in state.request_of.items()
+            if state.status[request] == "waiting" and seq in state.unfinished[request]]
 
 
 def visible(text: str) -> str:

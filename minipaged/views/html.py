@@ -1,0 +1,163 @@
+"""A trace as the browser gets it, and the microscope as one HTML file that loads nothing, from nowhere."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+import zlib
+from collections.abc import Iterable
+from functools import cache
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from ..errors import TraceError
+from ..trace import Add, Event, Sample, Start, Trace, load, states
+from . import svg
+from .frame import frame_of, visible
+
+_STATIC = Path(__file__).parent / "static"
+
+# In the file there is no kernel and no JupyterLab: a model that only remembers what it is told is enough.
+_STUB = """
+const page = JSON.parse(document.getElementById("trace").textContent), listeners = new Map();
+const model = {
+  values: { step: page.step, data: Uint8Array.from(atob(page.data), (char) => char.charCodeAt(0)) },
+  get(name) { return this.values[name]; },
+  set(name, value) {
+    if (this.values[name] === value) return;
+    this.values[name] = value;
+    listeners.get(`change:${name}`)?.forEach((listener) => listener());
+  },
+  save_changes() {},
+  on(name, listener) { listeners.set(name, [...listeners.get(name) ?? [], listener]); },
+  off() {},
+};
+render({ model, el: document.getElementById("view") });
+"""
+
+
+@cache
+def script() -> str:
+    """The JavaScript of the view, one ES module."""
+    replay, fixed, view = (
+        (_STATIC / name).read_text("utf-8") for name in ("replay.js", "microscope.html", "microscope.js"))
+    return f"{replay}\nconst FIXED = {json.dumps(fixed)};\n\n{view}"
+
+
+@cache
+def style() -> str:
+    """The style sheet of the view; all of its names begin with ``mp``."""
+    return (_STATIC / "microscope.css").read_text("utf-8")
+
+
+def events_of(source: Trace | Iterable[Event] | str | Path) -> list[Event]:
+    """The events of a trace, as it is now, of a list or of a file, iteration by iteration.
+
+    Raises
+    ------
+    TraceError
+        The file is no whole trace, or there are two traces.
+    """
+    events = load(source) if isinstance(source, (str, Path)) else source.events if isinstance(source, Trace) else source
+    events = list(events)
+    for number, (before, event) in enumerate(pairwise(events), 2):
+        if isinstance(event, Start) and event.step < before.step:
+            raise TraceError(f"event {number}: another trace begins here; give one at a time")
+    return sorted(events, key=attrgetter("step"))
+
+
+def check(events: list[Event]) -> tuple[int, int]:
+    """Replay all events once.
+
+    Returns
+    -------
+    (last, busy) : the last step, and the last after which a block was in use, or the last if there is none
+
+    Raises
+    ------
+    TraceError
+        There is no event, or one that cannot follow those before it.
+    """
+    held: dict[int, bool] = {}
+    number = 0
+    try:
+        for number, (event, state) in enumerate(states(events), 1):
+            held[event.step] = bool(state.tables)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise TraceError(f"event {number + 1} does not follow from those before it, {str(events[number])[:200]}; give "
+                         "all events of one trace") from error
+    if not held:
+        raise TraceError("an empty trace has no state; run a request first")
+    return max(held), max((step for step, busy in held.items() if busy), default=max(held))
+
+
+def encode(events: Iterable[Event]) -> bytes:
+    """The events as `static/replay.js` reads them: ``{"texts": […], "steps": [[[kind, …], …], …]}``, compressed.
+
+    ``steps[n]`` are the events of iteration ``n``, their fields in the order of the class, without the step. Token
+    texts are made visible and listed once; `Add` and `Sample` name them by number. What no picture shows, such as
+    token ids, is left out.
+    """
+    texts: dict[str, int] = {}
+    steps: list[list[list[Any]]] = []
+
+    def number(text: str) -> int:
+        return texts.setdefault(visible(text), len(texts))
+
+    for event in events:
+        while len(steps) <= event.step:
+            steps.append([])
+        match event:
+            case Start():
+                fields = [event.block_size, event.num_blocks, event.num_host_blocks, event.model]
+            case Add():
+                fields = [event.request, event.seq, [number(text) for text in event.texts]]
+            case Sample():
+                fields = [event.seq, number(event.text)]
+            case _:
+                fields = [getattr(event, field.name) for field in dataclasses.fields(event) if field.name != "step"]
+        if event.kind != "begin":
+            steps[event.step].append([event.kind, *fields])
+    packed = json.dumps({"texts": list(texts), "steps": steps}, ensure_ascii=False, separators=(",", ":"))
+    return zlib.compress(packed.encode("utf-8"), 9)
+
+
+def page(events: list[Event], step: int) -> str:
+    """The whole file. Everything from the trace is in it as base64, and once, escaped, as the still picture."""
+    trace = json.dumps({"step": step, "data": base64.b64encode(encode(events)).decode("ascii")})
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<title>{html.escape(events[0].model)} under the microscope</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0; }}
+{style()}</style>
+</head>
+<body class="mp-page">
+<main id="view"></main>
+<noscript>{svg.render(frame_of(events, step))}</noscript>
+<script type="application/json" id="trace">{trace}</script>
+<script type="module">
+{script()}
+{_STUB}</script>
+</body>
+</html>
+"""
+
+
+def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: int | None = None) -> None:
+    """Write the microscope as one file that works from the disk; parameters and errors as in `microscope`."""
+    events = events_of(source)
+    last, busy = check(events)
+    if step is not None and not 0 <= step <= last:
+        raise TraceError(f"step {step}: this trace has the steps 0 to {last}")
+    Path(path).write_text(page(events, busy if step is None else step), encoding="utf-8")

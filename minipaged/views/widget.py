@@ -1,0 +1,116 @@
+"""The microscope: one trace to step through, click and ask, in a notebook.
+
+The browser gets the events once and replays them itself (`static/replay.js`), so scrubbing needs no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+from IPython import get_ipython
+
+from ..errors import TraceError
+from ..trace import Event, Trace
+from . import html, svg, text
+from .frame import frame_of
+
+# Where views were made -> in which run, the views, and their source, so that no other object gets its id.
+_open: dict[object, tuple[str | None, list["Microscope"], object]] = {}
+
+
+class Microscope(anywidget.AnyWidget):
+    """A trace under the microscope; make one with `microscope`.
+
+    Parameters
+    ----------
+    events : list[Event]
+        A whole trace, as far as it has come, in the order of its steps.
+    step : int or None
+        As in `microscope`.
+
+    Attributes
+    ----------
+    step : int
+        The iteration that is shown. It may be set; a step that the trace does not have is a `TraceError`.
+    last : int
+        The last one.
+    """
+
+    _esm, _css = html.script(), html.style()  # as text: of a path, anywidget would keep every view alive
+    data = traitlets.Bytes().tag(sync=True)
+    step = traitlets.Int(0).tag(sync=True, echo_update=False)  # the browser need not be told what it said
+
+    def __init__(self, events: list[Event], step: int | None = None) -> None:
+        self.events = events
+        self.last, busy = html.check(events)
+        super().__init__(data=html.encode(events), step=busy if step is None else step)
+
+    @traitlets.validate("step")
+    def _exists(self, proposal: dict[str, Any]) -> int:
+        step = proposal["value"]
+        if not 0 <= step <= self.last:
+            raise TraceError(f"step {step}: this trace has the steps 0 to {self.last}")
+        return step
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the view, at this step, as one file that works from the disk without any request."""
+        html.save(self.events, path, self.step)
+
+    def close(self) -> None:
+        """Take the view out of the notebook."""
+        self.layout.close()  # a widget of its own, which would stay
+        super().close()
+
+    def __repr__(self) -> str:
+        return text.render(frame_of(self.events, self.step))
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        still = svg.render(frame_of(self.events, self.step))
+        return {**data, "text/plain": repr(self), "image/svg+xml": still}, metadata
+
+
+def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = None,
+               name: str | None = None) -> Microscope:
+    """Look at a trace: step, scrub and jump through it, and ask each block and each sequence.
+
+    A view that this one replaces is closed: that of the same name; without a name, those that an earlier run of the
+    same notebook cell made; outside of a notebook, that of the same source.
+
+    Parameters
+    ----------
+    source : Trace, events, or the path of a trace file
+        Of a trace that goes on, what has happened so far.
+    step : int or None
+        Where to begin; None: the last iteration after which a block was in use.
+    name : str or None
+        For one view that moves from cell to cell.
+
+    Raises
+    ------
+    TraceError
+        The file or the events are no whole trace, or have no such step.
+    """
+    view = Microscope(html.events_of(source), step)
+    where, run = _place(source, name)
+    before, views, _ = _open.pop(where, (None, [], None))
+    if before is None or before != run:
+        for old in views:
+            old.close()
+        views = []
+    _open[where] = (run, [*views, view], source)
+    return view
+
+
+def _place(source: object, name: str | None) -> tuple[object, str | None]:
+    """Where a view is made, and in which run of that cell, if it is one."""
+    if name is not None:
+        return ("name", name), None
+    request = getattr(get_ipython(), "get_parent", dict)()
+    if cell := request.get("metadata", {}).get("cellId"):
+        return ("cell", cell), request["header"]["msg_id"]
+    return ("source", str(source) if isinstance(source, (str, Path)) else id(source)), None

@@ -1,0 +1,325 @@
+"""The microscope, as one file in a real browser: it shows what the trace says, and a keyboard is enough."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_widget import busy
+from traces import NASTY, figure_7, figure_8, request, start
+from workloads import make_workload, run
+
+from minipaged import LLM, Trace
+from minipaged import trace as ev
+from minipaged.trace import MemoryState, replay
+from minipaged.views.frame import Block, frame_of, labels, physical_blocks, visible
+from minipaged.views.html import save
+
+# Everything that a viewer can read off the two columns, per block and per sequence.
+READ = """() => {
+  const detailed = document.querySelector(".mp-detailed") !== null;
+  const text = (el, name) => el.querySelector(name).textContent;
+  const slots = (el) => [...el.querySelectorAll(".mp-slot")].map((slot) => slot.textContent);
+  const pool = (name) => [...document.querySelectorAll(`.mp-box.mp-${name}:not([hidden]) .mp-block`)].map((el) => ({
+    block: Number(text(el, "i")), owners: text(el, "b"), refs: text(el, ".mp-refs"), label: el.ariaLabel,
+    fill: el.style.getPropertyValue("--fill"), slots: slots(el) }));
+  const queue = (name) => [...document.querySelectorAll(`.mp-box.mp-${name} .mp-seq`)].map((el) => ({
+    seq: Number(el.dataset.seq), name: text(el, ".mp-name b"), title: text(el, ".mp-name"),
+    table: [...el.querySelectorAll(".mp-entry")].map((entry) => ({ block: Number(text(entry, ".mp-to")),
+      filled: Number(text(entry, ".mp-filled")), slots: slots(entry) })) }));
+  return { detailed, step: Number(document.querySelector(".mp").dataset.step),
+    device: pool("device"), host: pool("host"),
+    queues: Object.fromEntries(["running", "swapped", "prefix", "waiting"].map((name) => [name, queue(name)])),
+    heading: text(document, ".mp-device h4"), said: text(document, ".mp-said") };
+}"""
+SCRUB = """(step) => { const slider = document.querySelector(".mp-slider"); slider.value = step;
+                       slider.dispatchEvent(new Event("input")); }"""
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page that must not fail nor ask for anything but its own file."""
+    context = browser.new_context(viewport={"width": 1280, "height": 720}, reduced_motion="reduce")
+    page, wrong = context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith("file:") else None)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def show(page: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Opens a trace as a standalone file."""
+    def opened(events: list[ev.Event] | Trace, step: int | None = None) -> Any:
+        save(events, tmp_path / "view.html", step)
+        page.goto((tmp_path / "view.html").as_uri())
+        page.wait_for_selector(".mp-slider")
+        return page
+
+    return opened
+
+
+def expected_block(state: MemoryState, block: Block, host: bool, detailed: bool) -> dict[str, Any]:
+    """What stands on one physical block."""
+    names, size = labels(state), state.start.block_size
+    readers = [f"{names[seq]}:{logical}" for seq, logical in block.readers]
+    refs = (state.host_ref_counts if host else state.ref_counts)[block.number]
+    use = f"{block.filled} of {size} slots filled, reference count {refs}, read by {' '.join(readers)}"
+    label = f"{'host block' if host else 'block'} {block.number}, {use if readers else 'free'}"
+    owners = " ".join(readers) or "free" if detailed else readers[0].split(":")[0] if readers else ""
+    return {"block": block.number, "owners": owners, "refs": f"×{refs}" if refs > 1 else "", "label": label,
+            "fill": 100 * block.filled / size if readers else None,
+            "slots": [slot.text for slot in block.slots] if detailed else []}
+
+
+def check_picture(shown: dict[str, Any], events: list[ev.Event], step: int) -> None:
+    """What the page shows is the state after that step."""
+    frame = frame_of(events, step)
+    state, names, detailed = replay(events, step), labels(frame.state), shown["detailed"]
+    assert shown["step"] == step
+    used, total = sum(map(bool, state.ref_counts)), len(state.ref_counts)
+    assert shown["heading"].startswith(f"physical blocks: {used} of {total} in use, {state.start.block_size} slot")
+    for pool, host in (("device", False), ("host", True)):
+        blocks = {block.number: block for block in physical_blocks(frame, host)}
+        drawn = [block["block"] for block in shown[pool]]
+        assert drawn == (sorted(drawn) if host else list(blocks))
+        assert all(blocks[number].readers == [] for number in blocks.keys() - set(drawn)), "what is not drawn is free"
+        for cell in shown[pool]:
+            wanted = expected_block(state, blocks[cell["block"]], host, detailed)
+            fill = cell.pop("fill")
+            assert (float(fill[:-1]) if fill else None) == pytest.approx(wanted.pop("fill"))
+            cell["label"] = cell["label"].split(", taken")[0].split(", given")[0]
+            assert cell == wanted
+    ended = {event.seq for event in events if isinstance(event, ev.Finish) and event.step <= step}
+    listed = {queue: [row["seq"] for row in rows] for queue, rows in shown["queues"].items()}
+    assert sorted(listed["running"] + listed["prefix"]) == sorted(seq for seq in state.tables if not state.on_host(seq))
+    assert sorted(listed["swapped"]) == sorted(seq for seq in state.tables if state.on_host(seq))
+    assert listed["waiting"] == [seq for seq, of in state.request_of.items()
+                                 if state.status[of] == "waiting" and seq not in ended]
+    for row in [row for rows in shown["queues"].values() for row in rows]:
+        seq, size = row["seq"], state.start.block_size
+        assert row["name"] == names[seq]
+        assert f" {len(state.tokens[seq])} token" in row["title"]
+        table = state.tables.get(seq, [])
+        assert [(entry["block"], entry["filled"]) for entry in row["table"]] == [
+            (block, state.filled(seq, logical)) for logical, block in enumerate(table)]
+        if detailed:
+            texts = [[visible(text) for text in state.slots(seq, logical)] for logical in range(len(table))]
+            assert [entry["slots"] for entry in row["table"]] == [slots + [""] * (size - len(slots)) for slots in texts]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_step_is_shown_as_it_is(show: Callable, checkpoint: Callable, seed: int) -> None:
+    trace, workload = Trace(), make_workload(seed, lambda name: 512)
+    run(workload, checkpoint(workload.name), trace)
+    rng, last = random.Random(seed), trace.events[-1].step
+    page = show(trace)
+    for step in [0, last, *rng.choices(range(last + 1), k=8), 1, last]:
+        check_picture(scrub(page, step), trace.events, step)
+
+
+def scrub(page: Any, step: int) -> dict[str, Any]:
+    """Go to a step and read the page."""
+    page.evaluate(SCRUB, step)
+    return page.evaluate(READ)
+
+
+def step_of(page: Any) -> int:
+    return page.evaluate(READ)["step"]
+
+
+# ---- by keyboard alone -----------------------------------------------------------------------------------------------
+
+def test_keys_step_jump_and_play(show: Callable) -> None:
+    page = show(swapped(), 0)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "first step"
+    for key, step in [(".", 1), (".", 2), (",", 1), (">", 7), ("<", 0), ("c", 2), ("p", 5), ("s", 7), ("Shift+S", 5),
+                      ("Shift+C", 2), ("Shift+C", 2)]:
+        page.keyboard.press(key)
+        assert step_of(page) == step, key
+    assert page.get_by_role("status").text_content() == "There is no earlier copy."
+    page.get_by_label("step", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    assert step_of(page) == 3
+    page.keyboard.press("<")
+    page.get_by_label("steps per second").select_option("30")
+    page.get_by_role("button", name="Play").press("Space")
+    page.locator('.mp[data-step="7"]').wait_for()
+    page.get_by_role("button", name="Play").wait_for()
+
+
+def test_buttons_jump(show: Callable) -> None:
+    page = show(swapped(), 0)
+    for name, step in [("next copy 1", 2), ("next preempt 1", 5), ("next swap 2", 7)]:
+        page.get_by_role("button", name=name).click()
+        assert step_of(page) == step
+    page = show(figure_7(), 0)
+    assert page.get_by_role("button", name="next copy").is_disabled()
+
+
+def test_arrows_reach_blocks_and_say_all_about_them(show: Callable) -> None:
+    page = show(figure_8(), 2)
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('.mp-device') !== null"):
+            break
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.ariaLabel") == (
+        "block 3, 4 of 4 slots filled, reference count 1, read by A1:1, taken in this step")
+    details = page.get_by_label("details")
+    assert "block 3: read by A1 as its logical block 1" in details.text_content()
+    assert [slot.text_content() for slot in details.locator(".mp-slot").all()] == ["years", "ago", "our", "fathers"]
+    assert "step 2 written by A1; step 2 copied from 1 to 3 for A1;" in details.text_content()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    assert "History, latest first: step 2 written by A2; step 2 copied from 1 to 3 for A1; step 1 shared by A2" in (
+        details.text_content())
+    details.get_by_role("button", name="step 1").first.press("Enter")
+    assert step_of(page) == 1
+
+
+def test_a_sequence_tells_its_text_and_where_each_token_is(show: Callable) -> None:
+    page = show(figure_7(), 3)
+    page.get_by_role("button", name="sequence A, running, 9 tokens in 3 blocks").click()
+    details = page.get_by_label("details")
+    assert details.locator("h4").text_content() == "sequence A: 7 prompt tokens, 2 generated"
+    tokens = [(token.text_content(), token.get_attribute("title")) for token in details.locator(".mp-token").all()]
+    words = "Four score and seven years ago our fathers brought".split()
+    places = [(block, slot) for block in (7, 1) for slot in range(4)] + [(3, 0)]
+    assert tokens == [(word, f"position {i}: block {block}, slot {slot}")
+                      for i, (word, (block, slot)) in enumerate(zip(words, places))]
+    details.get_by_role("button", name="brought").click()
+    assert "block 3: read by A as its logical block 2" in details.text_content()
+    page.keyboard.press("Escape")
+    assert "Point at a block" in details.text_content()
+
+
+def test_hover_shows_a_block_while_it_lasts(show: Callable) -> None:
+    page = show(figure_7(), 4)
+    page.locator('[data-go="device 5"].mp-block').hover()
+    assert "block 5: read by B as its logical block 0" in page.get_by_label("details").text_content()
+    assert page.locator(".mp-links .mp-on").count() == 1
+    page.get_by_role("status").hover()
+    assert "Point at a block" in page.get_by_label("details").text_content()
+
+
+def test_a_registered_prefix_is_told_from_what_runs(show: Callable) -> None:
+    with LLM("tiny-opt", trace=Trace(), block_size=4, num_gpu_blocks_override=9) as llm:
+        llm.register_prefix("Four score and seven years ago")
+    queues = show(llm.trace).evaluate(READ)["queues"]
+    assert [len(queues[name]) for name in ("running", "swapped", "prefix", "waiting")] == [0, 0, 1, 0]
+
+
+# ---- what moved ------------------------------------------------------------------------------------------------------
+
+def swapped() -> list[ev.Event]:
+    """Figure 8, then both samples swapped out and in again."""
+    return [*figure_8(), ev.Begin(3), ev.Begin(4), ev.Preempt(5, 0, "no free block", "swap"),
+            ev.SwapOut(5, 0, [[7, 0], [3, 1], [1, 2]]), ev.Begin(6), ev.SwapIn(7, 0, [[0, 8], [1, 6], [2, 5]])]
+
+
+def test_copies_and_swaps_are_drawn_from_where_to_where(show: Callable) -> None:
+    page = show(swapped(), 2)
+
+    def arrows() -> int:
+        return page.locator(".mp-moves .mp-move").count()
+
+    def marked(name: str) -> list[str]:
+        return page.eval_on_selector_all(f".mp-block.mp-{name}", "els => els.map((el) => el.dataset.go)")
+
+    assert (arrows(), marked("src"), marked("dst")) == (1, ["device 1"], ["device 3"])
+    shown = scrub(page, 5)
+    assert (arrows(), marked("src")) == (3, ["device 1", "device 3", "device 7"])
+    assert marked("dst") == ["host 0", "host 1", "host 2"]
+    titles = [row["title"] for row in shown["queues"]["swapped"]]
+    assert titles == [f"A{i} 8 tokens in 2 blockspreempted: swap (no free block)" for i in (1, 2)]
+    assert shown["said"] == "A preempted: swap (no free block) · A swapped out: 3 blocks"
+    shown = scrub(page, 7)
+    assert (arrows(), marked("src")) == (3, ["host 0", "host 1", "host 2"])
+    assert marked("dst") == ["device 5", "device 6", "device 8"]
+    assert shown["said"] == "A swapped in: 3 blocks" and "swapped in" in shown["queues"]["running"][0]["title"]
+    assert scrub(page, 3)["said"] == "Nothing moved."
+    assert page.evaluate("getComputedStyle(document.querySelector('.mp-slot')).animationName") == "none"
+
+
+def test_nothing_is_animated_for_who_wants_no_motion(browser: Any, show: Callable, page: Any) -> None:
+    scrub(show(swapped(), 0), 5)
+    animated = "getComputedStyle(document.querySelector('.mp-moving')).animationName"
+    assert page.evaluate(animated) == "none"
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate(animated) == "mp-travel"
+
+
+# ---- bad and hostile traces ------------------------------------------------------------------------------------------
+
+def test_hostile_tokens_show_as_text(show: Callable) -> None:
+    nasty = [*NASTY, "\u2028", "</noscript>", "<svg onload=alert(1)>"]
+    for blocks in (12, 300):  # every slot, and cells
+        page = show([start(num_blocks=blocks), *request(0, nasty, list(range(6)))], 1)
+        page.get_by_role("button", name="sequence A").click()
+        shown = page.eval_on_selector_all(".mp-details .mp-token", "els => els.map((el) => el.textContent)")
+        assert shown == [visible(text) for text in nasty]
+        assert page.locator(".mp img, .mp script, .mp [onload]").count() == 0
+
+
+def test_a_broken_file_says_so(page: Any, tmp_path: Path) -> None:
+    save(figure_7(), tmp_path / "view.html")
+    text = (tmp_path / "view.html").read_text("utf-8")
+    data = json.loads(text.split('id="trace">')[1].split("</script>")[0])["data"]
+    for wrong in (data[:40], "AAAA"):
+        (tmp_path / "view.html").write_text(text.replace(data, wrong), "utf-8")
+        page.goto((tmp_path / "view.html").as_uri())
+        assert page.get_by_role("alert").text_content().startswith("This trace cannot be shown: ")
+
+
+# ---- how fast --------------------------------------------------------------------------------------------------------
+
+# From the key to the moment after the browser has painted.
+TIME = """async () => {
+  const start = performance.now();
+  document.querySelector(".mp").dispatchEvent(new KeyboardEvent("keydown", { key: ".", bubbles: true }));
+  await new Promise((resolve) => requestAnimationFrame(() => { const { port1, port2 } = new MessageChannel();
+    port1.onmessage = resolve; port2.postMessage(0); }));
+  return performance.now() - start;
+}"""
+
+
+def test_a_step_is_redrawn_within_33_ms(show: Callable) -> None:
+    """At the 90th percentile, for 256 blocks of 16 slots and 32 sequences.
+
+    Asserted is the time for which the page keeps its processor busy: what the clock says depends on what else runs.
+    """
+    page = show(busy(200), 20)
+    assert len(page.evaluate(READ)["device"]) == 256 and len(page.evaluate(READ)["queues"]["running"]) >= 30
+    chrome = page.context.new_cdp_session(page)
+    chrome.send("Performance.enable", {"timeDomain": "threadTicks"})
+    worked, waited = [], []
+    for _ in range(100):
+        before = _thread_ms(chrome)
+        waited.append(page.evaluate(TIME))
+        worked.append(_thread_ms(chrome) - before)
+    p90 = {name: round(sorted(times)[90], 1) for name, times in (("worked", worked), ("waited", waited))}
+    print(p90)
+    assert step_of(page) == 120 and p90["worked"] < 33 and p90["waited"] < 330, p90
+
+
+def _thread_ms(chrome: Any) -> float:
+    metrics = {metric["name"]: metric["value"] for metric in chrome.send("Performance.getMetrics")["metrics"]}
+    return 1000 * metrics["TaskDuration"]
+
+
+def test_2000_steps_open_at_once(show: Callable) -> None:
+    page = show(busy(2000), 1000)
+    opened = page.evaluate("performance.now()")
+    print({"opened": opened, "painted": page.evaluate("performance.getEntriesByType('paint').map((p) => p.startTime)")})
+    assert step_of(page) == 1000 and opened < 4000, "the bar is 2 s on an idle machine"
+    check_picture(scrub(page, 1999), busy(2000), 1999)
