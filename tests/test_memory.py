@@ -25,7 +25,7 @@ from minipaged.memory.table import translate
 from minipaged.output_processor import OutputProcessor
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.text import Tokens
-from minipaged.trace import replay
+from minipaged.replay import replay
 
 FOUR_SCORE = list(range(7))  # "Four score and seven years ago our"
 NUMBERS = count()

@@ -13,7 +13,7 @@ from minipaged import LLM, BeamSearchParams, Chaos, SamplingParams, Trace
 from minipaged.errors import InvalidConfig, InvalidParams, RequestTooLarge
 from minipaged.memory.blocks import BlockAllocator
 from minipaged.sequence import SequenceGroup
-from minipaged.trace import replay, states
+from minipaged.replay import replay, states
 
 FOUR_SCORE = "Four score and seven years ago our"
 PROMPT = list(range(50, 60))

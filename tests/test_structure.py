@@ -99,7 +99,7 @@ def test_the_scheduler_knows_memory_and_sequences() -> None:
 @pytest.mark.parametrize("name", [name for name in modules() if is_part(name, "views")])
 def test_views_know_the_trace_alone(name: str) -> None:
     inside, outside = imports(name)
-    assert all(is_part(other, "views", "trace", "display", "errors") for other in inside), inside
+    assert all(is_part(other, "views", "trace", "replay", "display", "errors") for other in inside), inside
     notebook = {"IPython", "anywidget", "ipywidgets", "traitlets"} if name == "views.widget" else set()
     assert outside <= sys.stdlib_module_names | notebook
 
@@ -116,8 +116,9 @@ def test_imports_point_one_way() -> None:
             reached(other, seen)
         return seen
 
-    assert not [name for name in modules() if name in reached(name, set())
-                and not is_part(name, "attention")]  # its package holds the contract that its backends are called by
+    # The attention package holds the contract that its backends are called by; a trace offers its own replay.
+    meant = ("attention", "trace", "replay")
+    assert not [name for name in modules() if name in reached(name, set()) and not is_part(name, *meant)]
 
 
 def code_lines(source: str) -> int:

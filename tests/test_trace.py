@@ -12,7 +12,8 @@ from traces import NASTY, figure_7, figure_8, request, small_pool_run, start
 from minipaged import Trace
 from minipaged import trace as ev
 from minipaged.errors import TraceError
-from minipaged.trace import load, replay
+from minipaged.replay import replay
+from minipaged.trace import load
 from minipaged.views import memory_view
 
 

@@ -15,7 +15,7 @@ from traces import NASTY, figure_7, figure_8, request, small_pool_run, start
 from minipaged import Trace
 from minipaged import trace as ev
 from minipaged.errors import TraceError
-from minipaged.trace import MemoryState, replay
+from minipaged.replay import MemoryState, replay
 from minipaged.views import memory_view, reservation_view
 from minipaged.views.canvas import GENERATED, PROMPT, WIDTH, colour_of, fit, tint
 from minipaged.views.frame import visible

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..trace import Event, MemoryState, Trace
+from ..replay import MemoryState
+from ..trace import Event, Trace
 from . import svg as _svg
 from . import text as _text
 from .frame import frame_of

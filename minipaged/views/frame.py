@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import TraceError
-from ..trace import Event, MemoryState, Write, states
+from ..replay import MemoryState, states
+from ..trace import Event, Write
 
 SLOTS_PER_ROW = 4  # as in the paper's figures; a bigger block takes several rows
 MAX_ROWS = 36      # of slots: beyond, a picture would not fit a screen and the compact map takes over

@@ -58,7 +58,7 @@ def describe(frame: Frame, seq: int) -> str:
     then = next_token(state, seq)
     return (f"sequence {labels(state)[seq]}{' (swapped out)' if state.on_host(seq) else ''}: "
             f"{_count(state.num_tokens[seq], 'token')} in {_count(len(state.tables[seq]), 'block')}"
-            + (f', next token "{cut(then, CELL)}"' if then else ""))
+            + (f', next token "{cut(then, CELL)}"' if then and not state.on_host(seq) else ""))
 
 
 def readers_of(frame: Frame, block: Block) -> str:

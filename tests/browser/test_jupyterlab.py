@@ -17,7 +17,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from minipaged.trace import load, replay
+from minipaged.replay import replay
+from minipaged.trace import load
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "test"

@@ -15,7 +15,7 @@ from workloads import make_workload, run
 
 from minipaged import LLM, Trace
 from minipaged import trace as ev
-from minipaged.trace import MemoryState, replay
+from minipaged.replay import MemoryState, replay
 from minipaged.views.frame import Block, frame_of, labels, physical_blocks, visible
 from minipaged.views.html import save
 

@@ -1,4 +1,4 @@
-// What minipaged.trace.MemoryState does, in the browser, so that scrubbing needs no kernel.
+// What minipaged.replay.MemoryState does, in the browser, so that scrubbing needs no kernel.
 // A trace arrives as {texts, steps}; steps[n] lists the events of iteration n as [kind, ...fields] (views/html.py).
 // A block is named by its place, "device 7" or "host 7".
 
