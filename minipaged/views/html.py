@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TraceError
-from ..trace import Add, Event, Sample, Start, Trace, load, states
+from ..replay import states
+from ..trace import Add, Event, Sample, Start, Trace, load
 from . import svg
 from .frame import frame_of, visible
 
