@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 def lab(args: argparse.Namespace) -> int:
     """Serve JupyterLab until it is stopped."""
     options = lab_options(CHECKOUT, args.rest)
+    os.environ.setdefault("MINIPAGED_AUDIT", "1")  # the kernels inherit it: in a notebook a fault shall show at once
     from jupyterlab.labapp import LabApp  # takes a second; no other subcommand needs it
 
     LabApp.launch_instance(options)

@@ -66,7 +66,8 @@ class LLMEngine:
         self._stepping = False
         self._committing: list[SequenceGroup] = []
         self._to_abort: list[SequenceGroup] = []
-        self._clean: set[int] = set()  # free blocks that hold NaN already
+        # Free blocks that hold NaN already, or were never used: a pool of gigabytes is not touched before it is needed.
+        self._clean = set(range(self.manager.device.num_blocks))
         self.trace.emit(ev.Start, schema=ev.SCHEMA, model=config.model, block_size=config.block_size,
                    num_blocks=self.runner.num_gpu_blocks, num_host_blocks=self.runner.num_cpu_blocks,
                    max_model_len=self.max_model_len, bytes_per_token=self.runner.bytes_per_token,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal
 
@@ -186,7 +187,8 @@ class EngineConfig:
         How a request gives way when blocks run out (§4.5). None is vLLM v0.1's rule: a single sequence is recomputed,
         several are swapped.
     audit : bool
-        Check the books after every step, and poison freed blocks with NaN.
+        Check the books after every step, and poison freed blocks with NaN. Off, unless the environment variable
+        MINIPAGED_AUDIT is 1, as under `minipaged lab` and in the tests.
     chaos : Chaos or None
         Preempt without need, for tests and demonstrations.
 
@@ -210,7 +212,7 @@ class EngineConfig:
     attention: Literal["auto", "eager", "cpu", "triton"] = "auto"
     enable_prefix_caching: bool = False
     preemption_mode: Literal["swap", "recompute"] | None = None
-    audit: bool = False
+    audit: bool = field(default_factory=lambda: os.environ.get("MINIPAGED_AUDIT") == "1")
     chaos: Chaos | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MINIPAGED_AUDIT", "1")
 
 import pytest
 

@@ -38,7 +38,8 @@ def environment() -> dict[str, str]:
     """The environment of every notebook run: this checkout, the bundled model, no network, no bytecode left behind."""
     kept = {name: value for name, value in os.environ.items() if name != "MINIPAGED_MODEL"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "MINIPAGED_AUDIT": "1",
+            "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run(path: Path) -> None:

@@ -463,3 +463,9 @@ def test_core_objects_show_themselves_escaped(llm):
     assert repr(table).splitlines()[2].split() == ["0", str(table.blocks[0]), "4/4"]
     assert " ".join(map(str, table.blocks)) in repr(llm.block_manager)
     stream.close()
+
+
+def test_the_audit_is_on_here_and_an_option_elsewhere(monkeypatch):
+    assert minipaged.EngineConfig("tiny-opt").audit
+    monkeypatch.delenv("MINIPAGED_AUDIT")
+    assert not minipaged.EngineConfig("tiny-opt").audit

@@ -26,12 +26,14 @@ def audit(manager: BlockSpaceManager) -> None:
         tables = {seq: t for seq, t in manager.block_tables.items() if (seq in manager.swapped) == on_host}
         entries = Counter(block for table in tables.values() for block in table.blocks)
         free = Counter([*pool.free_list, *getattr(pool, "kept", ())])
-        for block in range(pool.num_blocks):
+        used = {block for block, count in enumerate(pool.ref_counts) if count}
+        for block in used | entries.keys():
             _require(entries[block] == pool.ref_counts[block],
                      f"{pool.pool} block {block} is in {entries[block]} tables but counts {pool.ref_counts[block]}")
-            _require(free[block] == (pool.ref_counts[block] == 0),
-                     f"{pool.pool} block {block} has {pool.ref_counts[block]} readers "
-                     f"and stands {free[block]} times in the free list")
+        wrong = [block for block, times in free.items() if times > 1 or block in used]
+        for block in wrong or set(range(pool.num_blocks)) - free.keys() - used:
+            _require(False, f"{pool.pool} block {block} has {pool.ref_counts[block]} readers "
+                            f"and stands {free[block]} times in the free list")
     for seq, table in manager.block_tables.items():
         _require(len(table.blocks) == manager.blocks_for(table.num_tokens),
                  f"sequence {seq} has {table.num_tokens} tokens in {len(table.blocks)} blocks")
