@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=kernels)
     command.add_argument("--report", action="store_true", required=True,
                          help="compile them for A100, H100 and MI300X, and list registers, spills and load widths")
+
+    command = commands.add_parser("reproduce", help="the paper's tables and figures, made again beside its own numbers")
+    command.set_defaults(run=reproduce)
+    command.add_argument("figures", nargs="+", metavar="NAME", help="such as fig2, table1, or all")
+    command.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="default: figures")
     return parser
 
 
@@ -162,6 +167,14 @@ def kernels(args: argparse.Namespace) -> int:
     from .kernel_report import report
 
     print(report())
+    return 0
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Write the figures that are named, with what they are made of, and print ours beside the paper's."""
+    from .reproduce import reproduce as make
+
+    make(args.figures, args.out)
     return 0
 
 

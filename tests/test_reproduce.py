@@ -1,0 +1,119 @@
+"""The paper's figures: ours beside its own numbers, the same files every time, and honest about what is missing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minipaged import reproduce
+from minipaged.cli import main
+from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, memory, paper
+from minipaged.reproduce.sheet import Curves, Figure, Job, Number, Sheet
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_unknown_figure_is_named_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "fig2", "fig99", "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "fig99" in error and "table1" in error and "fig9" in error and "Traceback" not in error
+    assert not (tmp_path / "new").exists(), "nothing was begun"
+    with pytest.raises(UnknownFigure):
+        reproduce.chosen(["fig10"])
+    assert reproduce.chosen(["FIG9", "fig8", "fig9"]) == ["fig8", "fig9"]
+    assert reproduce.chosen(["all"]) == list(reproduce.FIGURES)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CannotWrite, match="name a folder"):
+        reproduce.reproduce(["table1"], tmp_path / "file")
+
+
+def test_files_are_the_same_every_time(tmp_path: Path) -> None:
+    """Each in a process of its own, so that hash seeds and clocks differ."""
+    for name in ("first", "second"):
+        subprocess.run([sys.executable, "-m", "minipaged.cli", "reproduce", "table1", "fig8", "--out",
+                        str(tmp_path / name)], check=True, capture_output=True)
+    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert files == [f"{name}.{kind}" for name in ("fig08", "table1") for kind in ("csv", "png", "svg")]
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_table_1() -> None:
+    numbers = memory.table_1({}).numbers
+    assert [n.ours for n in numbers] == pytest.approx([15.7, 9.557, 60.1], rel=0.01)
+    assert all(0.98 < n.ours / n.paper < 1.01 for n in numbers)
+
+
+def test_figure_1_counts_what_is_held() -> None:
+    assert memory.memory_at("Orca (Max)", 5) == pytest.approx(26 + 5 * 2048 * 819_200 / 1e9)
+    assert 0.30 < (memory.memory_at("vLLM", 20) - 26) / 20 < 0.42
+
+
+def test_figure_2_is_within_a_point_and_a_half() -> None:
+    sheet = memory.figure_2({system: memory.saturated(system) for system in ("Orca (Pow2)", "vLLM")})
+    assert len(sheet.numbers) == 8
+    assert all(abs(n.ours - n.paper) < 1.5 for n in sheet.numbers)
+
+
+@pytest.mark.parametrize("name", blocks.FIGURES)
+def test_the_live_engine_has_the_papers_tables(name: str) -> None:
+    figure = blocks.FIGURES[name]
+    numbers = figure.sheet({key: job.call(*job.args) for key, job in figure.plan(1).items()}).numbers
+    assert len(numbers) == 4 and all(n.ours == n.paper for n in numbers)
+
+
+def test_every_figure_can_be_drawn_from_nothing_and_says_how_it_has_its_numbers() -> None:
+    for figure in reproduce.FIGURES.values():
+        sheet = figure.sheet({})
+        assert sheet.title and all(n.basis for n in sheet.numbers)
+
+
+def test_a_missing_number_is_no_number() -> None:
+    assert Number("x", 3.0, 2.0, "").ratio == "1.50" and Number("x", None, 2.0, "").ratio == "-"
+    assert Number("x", 3.0, (2.0, 4.0), "").ratio == "inside" and Number("x", 5.0, (2.0, 4.0), "").ratio == "outside"
+
+
+def test_where_a_curve_crosses() -> None:
+    assert paper.crossing([(1, 0.1), (3, 1.0), (2, 0.1)], 0.1 * 10**0.5) == pytest.approx(2.5)
+    assert paper.crossing([(1, 0.1), (2, 0.4)], 0.5) is None and paper.crossing([(1, 0.6), (2, 0.9)], 0.5) is None
+    assert paper.crossing(paper.curves("fig12a")["vLLM"], 1.0) == pytest.approx(1.986, abs=0.01)
+
+
+def test_the_csv_has_ours_and_the_papers(tmp_path: Path) -> None:
+    panel = Curves("panel", "x", "y", {"ours": [(1.0, 2.0)]}, {"ours": [(1.0, 3.0), (2.0, 4.0)]}, "fitted to x")
+    reproduce.write("fig2", Sheet("title", [panel], [Number("saved", 20.0, (16.2, 30.5), "predicted")]), tmp_path)
+    assert [tuple(row.values()) for row in rows(tmp_path / "fig02.csv")] == [
+        ("panel", "ours", "1", "2", "3", "fitted to x"), ("panel", "ours", "2", "", "4", "fitted to x"),
+        ("compared", "saved", "", "20", "16.2", "predicted"), ("compared", "saved", "", "20", "30.5", "predicted")]
+
+
+def _interrupt(_: int) -> int:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+    return 0
+
+
+def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(_interrupt, (0,))},
+                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1.0, float(found["first"]))]}, {}, "-")]))
+    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
+    begun = time.monotonic()
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 130
+    assert time.monotonic() - begun < 40, "the run that was under way was stopped"
+    assert [row["ours"] for row in rows(tmp_path / "fig02.csv")] == ["3"]
+    assert "Interrupted: 1 of its runs are missing" in capsys.readouterr().out
