@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=reproduce)
     command.add_argument("figures", nargs="+", metavar="NAME", help="such as fig2, table1, or all")
     command.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="default: figures")
+    command.add_argument("--minutes", type=float, default=60.0,
+                         help="simulated minutes of arrivals behind each point of a curve (default: 60, as in the paper)")
     return parser
 
 
@@ -174,7 +176,7 @@ def reproduce(args: argparse.Namespace) -> int:
     """Write the figures that are named, with what they are made of, and print ours beside the paper's."""
     from .reproduce import reproduce as make
 
-    make(args.figures, args.out)
+    make(args.figures, args.out, args.minutes)
     return 0
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from minipaged import reproduce
 from minipaged.cli import main
-from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, memory, paper
+from minipaged.errors import InvalidConfig, RequestTooLarge
+from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, memory, paper, serving
 from minipaged.reproduce.sheet import Curves, Figure, Job, Number, Sheet
 
 
@@ -117,3 +118,53 @@ def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.Mo
     assert time.monotonic() - begun < 40, "the run that was under way was stopped"
     assert [row["ours"] for row in rows(tmp_path / "fig02.csv")] == ["3"]
     assert "Interrupted: 1 of its runs are missing" in capsys.readouterr().out
+
+
+# ---- serving ---------------------------------------------------------------------------------------------------------
+
+def test_latency_is_mean_of_latency_by_output_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests of one step's length apart, by hand."""
+    monkeypatch.setattr(serving, "opt_13b_step", lambda batch, prompt_tokens: 1.0)
+    monkeypatch.setattr(serving, "arrivals", lambda *args: [(0.0, 5, 2), (0.5, 5, 4)])
+    assert serving.serve("vLLM", "Alpaca", 1, 1).latency == pytest.approx((2 / 2 + 4.5 / 4) / 2)
+    # In batches the second waits for the first, alone in its batch, to end at 2.
+    assert serving.serve("FasterTransformer", "Alpaca", 1, 1).latency == pytest.approx((2 / 2 + 5.5 / 4) / 2)
+
+
+def test_a_batch_ends_with_its_longest_output_and_is_cut_at_the_models_length() -> None:
+    together = serving._in_batches([(0.0, 10, 3), (0.0, 20, 9)], 2)
+    steps = serving.opt_13b_step(2, 40) + 8 * serving.opt_13b_step(2, 0)
+    assert together.latency == pytest.approx((steps / 3 + steps / 9) / 2) and together.running == 2
+    assert serving._in_batches([(0.0, 2000, 3), (0.0, 20, 41)], 2).running == 1
+
+
+def test_the_order_of_the_systems_is_the_papers() -> None:
+    at_one = {system: serving.serve(system, "ShareGPT", 1.0, 600).latency for system in serving.SYSTEMS}
+    assert sorted(at_one, key=at_one.get, reverse=True) == list(serving.SYSTEMS), at_one
+    assert at_one["vLLM"] < 0.05, "vLLM is far from its limit"
+
+
+def test_figure_13_is_what_the_papers_pool_holds() -> None:
+    running = {system: serving.serve(system, "ShareGPT", 2.0, 900).running for system in serving.SYSTEMS[1:4]}
+    paper_has = paper.printed("fig13")["ShareGPT"]
+    assert running["Orca (Max)"] == 7
+    assert all(abs(running[system] / paper_has[system] - 1) < 0.08 for system in running), running
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    (("vLLM", "ShareGPT", 0, 60), InvalidConfig), (("vLLM", "ShareGPT", 0.001, 1), InvalidConfig),
+    (("vLLM", "Shakespeare", 1, 60), InvalidConfig), (("TGI", "Alpaca", 1, 60), InvalidConfig),
+    (("vLLM", "ShareGPT", 1.0, 60, 0, 10), RequestTooLarge), (("Orca (Max)", "Alpaca", 1.0, 60, 0, 100), RequestTooLarge),
+])
+def test_what_cannot_be_served_is_named(arguments: tuple[object, ...], error: type[Exception]) -> None:
+    with pytest.raises(error, match="give"):
+        serving.serve(*arguments)
+
+
+def test_arrivals_are_poisson_at_the_rate_and_the_same_every_time() -> None:
+    found = serving.arrivals("Alpaca", 20.0, 500.0)
+    assert found == serving.arrivals("Alpaca", 20.0, 500.0) != serving.arrivals("Alpaca", 20.0, 500.0, seed=1)
+    gaps = [b[0] - a[0] for a, b in zip(found, found[1:])]
+    mean = sum(gaps) / len(gaps)
+    assert mean == pytest.approx(1 / 20, rel=0.03)
+    assert sum(gap * gap for gap in gaps) / len(gaps) == pytest.approx(2 * mean**2, rel=0.1), "exponential gaps"

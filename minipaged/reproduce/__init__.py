@@ -14,11 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import MinipagedError
-from . import blocks, memory
+from . import blocks, memory, serving
 from .sheet import Figure, Job, Sheet
 
-FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES}
-MINUTES = 15.0  # of simulated arrivals behind each point of a curve
+FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES, **serving.FIGURES}
+MINUTES = 60.0  # of simulated arrivals behind each point of a curve
 
 
 class UnknownFigure(MinipagedError, ValueError):

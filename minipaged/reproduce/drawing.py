@@ -45,7 +45,7 @@ def draw(sheet: Sheet) -> Canvas:
         ax.set_axis_off()
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if handles:
-        canvas.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 1),
+        canvas.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns),
                       frameon=False)
     return canvas
 
@@ -62,8 +62,8 @@ def _curves(ax: Axes, panel: Curves) -> None:
         if ours := sorted(panel.ours.get(name, [])):
             ax.plot(*zip(*ours), color=colour, label=name)
         if paper := panel.paper.get(name):
-            ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5, clip_on=True,
-                    label=f"{name}, paper")
+            ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5)
+            ax.plot([], [], "o", color="#555555", markerfacecolor="white", label="marks: the paper's points")
     ax.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log:
         ax.set(xscale="log", yscale="log")
