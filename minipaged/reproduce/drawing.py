@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +30,13 @@ def save(sheet: Sheet, path: Path) -> None:
         canvas = draw(sheet)
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         canvas.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
+
+
+def png(sheet: Sheet) -> bytes:
+    """The picture of a sheet, for a notebook; no pyplot, which must not be called from a slider's thread."""
+    with matplotlib.rc_context(STYLE):
+        draw(sheet).savefig(file := BytesIO(), format="png", dpi=100, metadata={"Software": None})
+    return file.getvalue()
 
 
 def draw(sheet: Sheet) -> Canvas:
@@ -75,8 +83,9 @@ def _curves(ax: Axes, panel: Curves) -> None:
 def _bars(ax: Axes, panel: Bars) -> None:
     for at, (name, number) in enumerate(panel.numbers.items()):
         if number.ours is not None:
-            ax.bar(at - 0.2, number.ours, 0.38, color="#0072B2", label="ours")
-            ax.annotate(f"{number.ours:.1f}", (at - 0.2, number.ours), ha="center", va="bottom", fontsize=8)
+            x = at - 0.2 if isinstance(number.paper, float) else at
+            ax.bar(x, number.ours, 0.38, color="#0072B2", label="ours")
+            ax.annotate(f"{number.ours:.1f}", (x, number.ours), ha="center", va="bottom", fontsize=8)
         if isinstance(number.paper, tuple):
             low, high = number.paper
             ax.add_patch(Rectangle((at - 0.42, low), 0.84, high - low, facecolor="#E69F0055", edgecolor="#B87B00",

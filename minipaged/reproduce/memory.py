@@ -25,10 +25,11 @@ BATCHES = (1, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40)
 OPT_13B_GB, KV_BYTES = 26.0, 2 * 5120 * 40 * 2
 
 
-def scheduler_of(system: str, max_num_seqs: int = 256, blocks: int = BLOCKS) -> Scheduler:
+def scheduler_of(system: str, max_num_seqs: int = 256, blocks: int = BLOCKS,
+                 block_size: int = BLOCK_SIZE) -> Scheduler:
     """A scheduler over an empty pool that is managed as this system does it."""
-    manager = (BlockSpaceManager(BLOCK_SIZE, blocks, num_cpu_blocks=0) if system == "vLLM"
-               else ContiguousSpaceManager(SYSTEMS[system], BLOCK_SIZE, blocks))
+    manager = (BlockSpaceManager(block_size, blocks, num_cpu_blocks=0) if system == "vLLM"
+               else ContiguousSpaceManager(SYSTEMS[system], block_size, blocks))
     return Scheduler(manager, max_num_seqs, max_num_batched_tokens=2560)
 
 

@@ -60,7 +60,8 @@ def _lengths(workload: str) -> list[tuple[int, int]]:
     return [(prompt, output) for *_, prompt, output in found]
 
 
-def serve(system: str, workload: str, rate: float, seconds: float, seed: int = 0, blocks: int = 984) -> Outcome:
+def serve(system: str, workload: str, rate: float, seconds: float, seed: int = 0, blocks: int = 984,
+          block_size: int = 16) -> Outcome:
     """Serve all requests that arrive within ``seconds``, and wait for the last of them.
 
     Raises
@@ -75,8 +76,9 @@ def serve(system: str, workload: str, rate: float, seconds: float, seed: int = 0
         return _in_batches(requests, BATCH[workload])
     if system not in SYSTEMS:
         raise InvalidConfig(f"the system is {system!r}; give one of {', '.join(SYSTEMS)}")
-    scheduler = scheduler_of(system, max_num_seqs=2048 if system == "vLLM" else 256, blocks=blocks)
-    if (longest := max(prompt + output for _, prompt, output in requests)) > blocks * scheduler.manager.block_size:
+    scheduler = scheduler_of(system, max_num_seqs=2048 if system == "vLLM" else 256, blocks=blocks,
+                             block_size=block_size)
+    if (longest := max(prompt + output for _, prompt, output in requests)) > blocks * block_size:
         raise RequestTooLarge(f"a request of {longest} tokens, and the pool has {blocks} blocks; give more blocks")
     queue = [(time, SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(), None,
                                   prompt + output, 0)) for number, (time, prompt, output) in enumerate(requests)][::-1]
