@@ -15,7 +15,7 @@ import pytest
 from minipaged import reproduce
 from minipaged.cli import main
 from minipaged.errors import InvalidConfig, RequestTooLarge
-from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, memory, paper, serving
+from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, costs, memory, paper, serving
 from minipaged.reproduce.sheet import Curves, Figure, Job, Number, Sheet
 
 
@@ -56,6 +56,11 @@ def test_table_1() -> None:
     numbers = memory.table_1({}).numbers
     assert [n.ours for n in numbers] == pytest.approx([15.7, 9.557, 60.1], rel=0.01)
     assert all(0.98 < n.ours / n.paper < 1.01 for n in numbers)
+
+
+def test_figures_without_a_run_are_written_too(tmp_path: Path) -> None:
+    assert list(reproduce.reproduce(["table1", "fig19"], tmp_path)) == ["table1", "fig19"]
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_figure_1_counts_what_is_held() -> None:
@@ -168,3 +173,18 @@ def test_arrivals_are_poisson_at_the_rate_and_the_same_every_time() -> None:
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(1 / 20, rel=0.03)
     assert sum(gap * gap for gap in gaps) / len(gaps) == pytest.approx(2 * mean**2, rel=0.1), "exponential gaps"
+
+
+# ---- the cost of blocks ----------------------------------------------------------------------------------------------
+
+def test_swapping_wins_from_the_papers_block_size_on() -> None:
+    assert (costs.copies(1), costs.copies(256)) == (20_480, 80), "as the artifact counts them"
+    *between, crossover = costs.figure_19({}).numbers
+    assert crossover.ours == crossover.paper == 32
+    assert len(between) == 7 and all(abs(n.ours / n.paper - 1) < 0.1 for n in between), between
+
+
+def test_figure_18_has_nothing_of_ours_without_a_gpu() -> None:
+    sheet = costs.figure_18({})
+    assert all(n.ours is None for n in sheet.numbers) and all(row[3] is None for row in sheet.panels[0].rows())
+    assert [round(n.paper, 1) for n in sheet.numbers[3:]] == [25.6, 19.0, 21.0]

@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import MinipagedError
-from . import blocks, memory, serving
+from . import blocks, costs, memory, serving
 from .sheet import Figure, Job, Sheet
 
-FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES, **serving.FIGURES}
+FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES, **serving.FIGURES, **costs.FIGURES}
 MINUTES = 60.0  # of simulated arrivals behind each point of a curve
 
 
@@ -73,8 +73,12 @@ def reproduce(names: Iterable[str], out: Path, minutes: float = MINUTES) -> dict
         found = {key: done[job] for key, job in plans[name].items() if job in done}
         sheets[name] = write(name, figures[name].sheet(found), out, missing=len(plans[name]) - len(found))
 
+    for name in figures:
+        if not plans[name]:
+            finish(name)
+    jobs = list(dict.fromkeys(job for plan in plans.values() for job in plan.values()))
     try:
-        for job, value in _run(list(dict.fromkeys(job for plan in plans.values() for job in plan.values()))):
+        for job, value in _run(jobs) if jobs else ():
             done[job] = value
             for name in figures.keys() - sheets.keys():
                 if all(job in done for job in plans[name].values()):

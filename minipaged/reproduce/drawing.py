@@ -70,12 +70,15 @@ def _curves(ax: Axes, panel: Curves) -> None:
         if ours := sorted(panel.ours.get(name, [])):
             ax.plot(*zip(*ours), color=colour, label=name)
         if paper := panel.paper.get(name):
-            ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5)
+            ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5,
+                    label=None if ours else name)
             ax.plot([], [], "o", color="#555555", markerfacecolor="white", label="marks: the paper's points")
     ax.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log:
-        ax.set(xscale="log", yscale="log")
         ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
     else:
         ax.set(xlim=(0, None), ylim=(0, panel.top))
 
