@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("figures", nargs="+", metavar="NAME", help="such as fig2, table1, or all")
     command.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="default: figures")
     command.add_argument("--minutes", type=float, default=60.0,
-                         help="simulated minutes of arrivals behind each point of a curve (default: 60, as in the paper)")
+                         help="simulated minutes of arrivals behind each point (default: 60, as in the paper)")
     return parser
 
 

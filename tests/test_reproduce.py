@@ -115,7 +115,7 @@ def _interrupt(_: int) -> int:
 def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(_interrupt, (0,))},
-                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1.0, float(found["first"]))]}, {}, "-")]))
+                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
     monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
     monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
     begun = time.monotonic()
@@ -159,7 +159,8 @@ def test_figure_13_is_what_the_papers_pool_holds() -> None:
 @pytest.mark.parametrize(("arguments", "error"), [
     (("vLLM", "ShareGPT", 0, 60), InvalidConfig), (("vLLM", "ShareGPT", 0.001, 1), InvalidConfig),
     (("vLLM", "Shakespeare", 1, 60), InvalidConfig), (("TGI", "Alpaca", 1, 60), InvalidConfig),
-    (("vLLM", "ShareGPT", 1.0, 60, 0, 10), RequestTooLarge), (("Orca (Max)", "Alpaca", 1.0, 60, 0, 100), RequestTooLarge),
+    (("vLLM", "ShareGPT", 1.0, 60, 0, 10), RequestTooLarge),
+    (("Orca (Max)", "Alpaca", 1.0, 60, 0, 100), RequestTooLarge),
 ])
 def test_what_cannot_be_served_is_named(arguments: tuple[object, ...], error: type[Exception]) -> None:
     with pytest.raises(error, match="give"):
@@ -179,6 +180,9 @@ def test_arrivals_are_poisson_at_the_rate_and_the_same_every_time() -> None:
 
 def test_swapping_wins_from_the_papers_block_size_on() -> None:
     assert (costs.copies(1), costs.copies(256)) == (20_480, 80), "as the artifact counts them"
+    for name in ("Swap in", "Swap out"):
+        measured = dict(points := paper.curves("fig19a")[name])
+        assert [costs.swap_ms(points, size) for size in (1, 256)] == pytest.approx([measured[1], measured[256]])
     *between, crossover = costs.figure_19({}).numbers
     assert crossover.ours == crossover.paper == 32
     assert len(between) == 7 and all(abs(n.ours / n.paper - 1) < 0.1 for n in between), between

@@ -70,6 +70,7 @@ def reproduce(names: Iterable[str], out: Path, minutes: float = MINUTES) -> dict
     sheets: dict[str, Sheet] = {}
 
     def finish(name: str) -> None:
+        """Write a figure from those of its runs that are done."""
         found = {key: done[job] for key, job in plans[name].items() if job in done}
         sheets[name] = write(name, figures[name].sheet(found), out, missing=len(plans[name]) - len(found))
 

@@ -46,6 +46,7 @@ def beam_search() -> dict[str, Moment]:
         group = engine.add_request([5, 6], BeamSearchParams(beam_width=4, max_tokens=9, ignore_eos=True))
 
         def iteration(parents: list[int], next_blocks: tuple[int, ...] = ()) -> Moment:
+            """The tables of one iteration, after which candidate i goes on from candidate ``parents[i]``."""
             manager.device.hand_out_next(next_blocks)
             engine.scheduler.schedule()
             moment = [list(manager.get_block_table(s).blocks) for s in group.unfinished], _readers(manager)
@@ -72,7 +73,8 @@ def figure_8(found: dict[str, dict[str, Moment]]) -> Sheet:
 def figure_9(found: dict[str, dict[str, Moment]]) -> Sheet:
     """The tables of the four candidates, before and after the choice."""
     return _sheet("Figure 9: beam search with 4 candidates", found, PAPER_9, [f"candidate {i}" for i in range(4)],
-                  "All new candidates come from candidates 1 and 2; blocks 2, 4, 5 and 8 are freed; nothing is copied.")
+                  "All new candidates come from candidates 1 and 2; blocks 2, 4, 5 and 8 are freed; nothing is copied. "
+                  "A script chose the candidates, as the figure has them; the tables are the engine's.")
 
 
 def _sheet(title: str, found: dict[str, dict[str, Moment]], paper: dict[str, Moment], names: list[str],
@@ -87,7 +89,8 @@ def _sheet(title: str, found: dict[str, dict[str, Moment]], paper: dict[str, Mom
                     Number(f"{moment}: blocks with the figure's reference count",
                            sum(readers.get(block) == count for block, count in their_readers.items()),
                            len(their_readers), LIVE)]
-    return Sheet(title, panels, numbers, [note, "The free list is set before, so that blocks get the figure's numbers."])
+    return Sheet(title, panels, numbers,
+                 [note, "The free list is set before, so that blocks get the figure's numbers."])
 
 
 FIGURES = {

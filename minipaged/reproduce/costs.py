@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from .paper import Point, curves
-from .sheet import Curves, Figure, Number, Sheet
+from .sheet import GIVEN, Curves, Figure, Number, Sheet
 
 TOKENS, LAYERS, KV_BYTES = 256, 40, 2 * 5120 * 40 * 2  # what Figure 19a moves: OPT-13B, 256 tokens
 SIZES = [2**i for i in range(9)]
@@ -45,7 +45,8 @@ def figure_19(_: dict[Any, Any]) -> Sheet:
         size for (size, swap), (_, ms) in zip(paper["Swap in + out"], paper["Recompute"]) if swap < ms), FITTED))
     (into, into_rate), (out, out_rate) = swap_costs(paper["Swap in"]), swap_costs(paper["Swap out"])
     return Sheet("Figure 19: recomputation and swapping, OPT-13B, 256 tokens", [
-        Curves("(a) overhead", "block size", "ms", ours, paper, f"{FITTED}; recomputation: the mean", log=True)], numbers,
+        Curves("(a) overhead", "block size", "ms", ours, paper, f"{FITTED}; recomputation: the mean", log=True)],
+        numbers,
         [f"Fitted: {1000 * into:.1f} µs per copy and {into_rate:.1f} GB/s into the GPU, {1000 * out:.1f} µs and "
          f"{out_rate:.1f} GB/s out of it. Recomputation is given: the mean of its points, which lie within 5 % of it.",
          "(b), end to end, is not made here."])
@@ -61,7 +62,7 @@ def figure_18(_: dict[Any, Any]) -> Sheet:
                            100 * (us / ft[context] - 1), "needs a GPU")
                     for context, us in paper[f"vLLM (bs {batch})"]]
     return Sheet("Figure 18: the attention kernel", [
-        Curves("(a) latency", "context length", "µs", {}, paper, "the paper's alone", log=True)], numbers,
+        Curves("(a) latency, the paper's points alone", "context length", "µs", {}, paper, GIVEN, log=True)], numbers,
         ["(a) needs a GPU; there is nothing of ours in this picture. The paper's text says 20 to 26 %: that is its 32 "
          "requests; with 8 its figure has more. (b), the block size under load, is not made here."])
 

@@ -22,6 +22,7 @@ READERS = {1: "#e3eef6", 2: "#b3d4e8", 3: "#80b8da", 4: "#56a0cc"}
 STYLE = {"svg.hashsalt": "minipaged", "svg.fonttype": "path", "font.size": 9, "axes.titlesize": 9,
          "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
 COLUMNS = 3
+MARKS = "marks: the paper's points"
 
 
 def save(sheet: Sheet, path: Path) -> None:
@@ -52,6 +53,8 @@ def draw(sheet: Sheet) -> Canvas:
     for ax in axes[len(sheet.panels):]:
         ax.set_axis_off()
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    if MARKS in handles:
+        handles[MARKS] = handles.pop(MARKS)  # the last
     if handles:
         canvas.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * columns),
                       frameon=False)
@@ -72,7 +75,7 @@ def _curves(ax: Axes, panel: Curves) -> None:
         if paper := panel.paper.get(name):
             ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5,
                     label=None if ours else name)
-            ax.plot([], [], "o", color="#555555", markerfacecolor="white", label="marks: the paper's points")
+            ax.plot([], [], "o", color="#555555", markerfacecolor="white", label=MARKS)
     ax.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log:
         ax.set_xscale("log", base=2)

@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from ..memory.manager import BlockSpaceManager
-from ..params import SamplingParams
 from ..scheduler import Scheduler
-from ..sequence import Sequence, SequenceGroup
-from ..simulate.clock import Moment, mean_usage, opt_13b_step, play
+from ..sequence import SequenceGroup
+from ..simulate.clock import Moment, mean_usage, opt_13b_step, play, request
 from ..simulate.contiguous import ContiguousSpaceManager
 from ..simulate.usage import Usage
 from .paper import curves, printed
@@ -36,8 +35,7 @@ def scheduler_of(system: str, max_num_seqs: int = 256, blocks: int = BLOCKS,
 def requests() -> list[tuple[float, SequenceGroup]]:
     """The 900 s of arrivals behind Figure 2."""
     data = json.loads((files("minipaged") / "data" / "figure_2_requests.json").read_text(encoding="utf-8"))
-    return [(time / 100, SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(), None,
-                                       prompt + output, 0))
+    return [(time / 100, request(number, prompt, output))
             for number, (time, prompt, output) in enumerate(data["requests"])]
 
 

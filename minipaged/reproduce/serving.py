@@ -1,4 +1,4 @@
-"""Latency under load: Figures 12a, 12d and 13, OPT-13B on one A100. The scheduler is the real one, a clock the model."""
+"""Latency under load: Figures 12a, 12d and 13, OPT-13B on one A100. The scheduler is real, a clock is the model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from ..errors import InvalidConfig, RequestTooLarge
-from ..params import SamplingParams
-from ..sequence import Sequence, SequenceGroup
-from ..simulate.clock import opt_13b_step
+from ..simulate.clock import iterations, opt_13b_step, request
 from .memory import scheduler_of
 from .paper import Point, crossing, curves, printed
 from .sheet import Bars, Curves, Figure, Job, Number, Sheet
 
 SYSTEMS = ("FasterTransformer", "Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "vLLM")
 PANELS = {"fig12a": "ShareGPT", "fig12d": "Alpaca"}
-BATCH = {"ShareGPT": 5, "Alpaca": 14}  # FasterTransformer's: as many as the memory holds (§6.1; the artifact's numbers)
+BATCH = {"ShareGPT": 5, "Alpaca": 14}  # FasterTransformer's: what the memory holds (§6.1; the artifact's numbers)
 LEVEL = 0.5  # s/token at which rates are compared
 BASIS = "predicted; the clock is fitted to Figure 1, its 0.13 ms per prompt token a guess"
 Request = tuple[float, int, int]  # arrival in seconds, prompt tokens, output tokens
@@ -80,30 +78,19 @@ def serve(system: str, workload: str, rate: float, seconds: float, seed: int = 0
                              block_size=block_size)
     if (longest := max(prompt + output for _, prompt, output in requests)) > blocks * block_size:
         raise RequestTooLarge(f"a request of {longest} tokens, and the pool has {blocks} blocks; give more blocks")
-    queue = [(time, SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(), None,
-                                  prompt + output, 0)) for number, (time, prompt, output) in enumerate(requests)][::-1]
-    clock, latencies, running, late = 0.0, [], [], requests[-1][0] / 3
-    while queue or scheduler.has_unfinished:
-        if not scheduler.has_unfinished:
-            clock = max(clock, queue[-1][0])
-        while queue and queue[-1][0] <= clock:
-            scheduler.add(queue.pop()[1])
-        scheduled = scheduler.schedule().scheduled
-        if late <= clock and queue:
-            running.append(len(scheduled))
-        clock += opt_13b_step(len(scheduled), sum(seq.num_new for _, (seq,) in scheduled if not seq.num_computed))
-        for group, (seq,) in scheduled:
-            seq.num_computed = len(seq.token_ids)
-            seq.token_ids.append(0)
-            if len(seq.token_ids) == group.max_len:
-                scheduler.remove(group)
-                time, _, output = requests[group.request_id]
-                latencies.append((clock - time) / output)
+    groups = [(time, request(number, prompt, output)) for number, (time, prompt, output) in enumerate(requests)]
+    latencies, running, last = [], [], requests[-1][0]
+    for iteration in iterations(scheduler, groups, opt_13b_step):
+        if last / 3 <= iteration.begin < last:
+            running.append(len(iteration.scheduled))
+        for group in iteration.completed:
+            time, _, output = requests[group.request_id]
+            latencies.append((iteration.end - time) / output)
     return Outcome(fmean(latencies), fmean(running) if running else 0.0)
 
 
 def _in_batches(requests: list[Request], size: int) -> Outcome:
-    """FasterTransformer: the earliest requests in one batch, padded to the longest, until the longest output is done."""
+    """FasterTransformer: the earliest requests in one batch, padded to the longest, until the longest output ends."""
     clock, latencies, batches = 0.0, [], []
     waiting = requests[::-1]
     while waiting:
@@ -152,7 +139,8 @@ def figure_12(found: dict[Any, list[Point]]) -> Sheet:
         paper = curves(panel)
         panels.append(Curves(f"({panel[-1]}) OPT-13B, 1 GPU, {workload}", "requests/s", "s/token", ours, paper, BASIS,
                              top=1.0))
-        rates = {system: (crossing(points, LEVEL), crossing(paper_curve(panel, system), LEVEL)) for system, points in ours.items()}
+        rates = {system: (crossing(points, LEVEL), crossing(paper_curve(panel, system), LEVEL))
+                 for system, points in ours.items()}
         numbers += [Number(f"({panel[-1]}) {system}: requests/s at {LEVEL} s/token", *both, BASIS)
                     for system, both in rates.items()]
         for other in ("Orca (Oracle)", "Orca (Max)"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..params import SamplingParams
+from ..sequence import Sequence, SequenceGroup
 from .usage import Usage, usage
 
 if TYPE_CHECKING:
     from ..scheduler import Scheduler
-    from ..sequence import SequenceGroup
 
 
 class Moment(NamedTuple):
@@ -36,9 +38,23 @@ def mean_usage(moments: Iterable[Moment], since: float = 0.0) -> Usage:
     return Usage(*map(fmean, zip(*(moment.usage for moment in moments if moment.time >= since))))
 
 
-def play(scheduler: Scheduler, arrivals: Iterable[tuple[float, SequenceGroup]], until: float, every: int = 20,
-         step_seconds: Callable[[int, int], float] = opt_13b_step) -> list[Moment]:
-    """Run requests without a model until the clock says ``until``; returns every so many iterations a `Moment`.
+class Iteration(NamedTuple):
+    """One iteration on the clock: its seconds, what was scheduled, and those of it that this iteration completes."""
+
+    begin: float
+    end: float
+    scheduled: list[tuple[SequenceGroup, list[Sequence]]]
+    completed: list[SequenceGroup]
+
+
+def request(number: int, prompt: int, output: int) -> SequenceGroup:
+    """A request of so many prompt and output tokens, for a run without a model."""
+    return SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(), None, prompt + output, 0)
+
+
+def iterations(scheduler: Scheduler, arrivals: Iterable[tuple[float, SequenceGroup]],
+               step_seconds: Callable[[int, int], float] = opt_13b_step, until: float = inf) -> Iterator[Iteration]:
+    """Run requests without a model until the clock says ``until``; each iteration is given before it adds its tokens.
 
     Parameters
     ----------
@@ -47,21 +63,26 @@ def play(scheduler: Scheduler, arrivals: Iterable[tuple[float, SequenceGroup]], 
     step_seconds : function of (sequences in the batch, prompt tokens in it)
         How long an iteration takes.
     """
-    queue = list(arrivals)[::-1]
-    clock, step, moments = 0.0, 0, []
+    queue, clock = list(arrivals)[::-1], 0.0
     while clock < until and (queue or scheduler.has_unfinished):
         if not scheduler.has_unfinished:
             clock = max(clock, queue[-1][0])
         while queue and queue[-1][0] <= clock:
             scheduler.add(queue.pop()[1])
         scheduled = scheduler.schedule().scheduled
-        if step % every == 0:
-            moments.append(Moment(clock, len(scheduled), len(scheduler.waiting), usage(scheduler.manager)))
-        step += 1
-        clock += step_seconds(len(scheduled), sum(seq.num_new for _, (seq,) in scheduled if not seq.num_computed))
-        for group, (seq,) in scheduled:
+        prompt_tokens = sum(seq.num_new for _, (seq,) in scheduled if not seq.num_computed)
+        begin, clock = clock, clock + step_seconds(len(scheduled), prompt_tokens)
+        completed = [group for group, (seq,) in scheduled if len(seq.token_ids) + 1 == group.max_len]
+        yield Iteration(begin, clock, scheduled, completed)
+        for _, (seq,) in scheduled:
             seq.num_computed = len(seq.token_ids)
             seq.token_ids.append(0)
-            if len(seq.token_ids) == group.max_len:
-                scheduler.remove(group)
-    return moments
+        for group in completed:
+            scheduler.remove(group)
+
+
+def play(scheduler: Scheduler, arrivals: Iterable[tuple[float, SequenceGroup]], until: float, every: int = 20,
+         step_seconds: Callable[[int, int], float] = opt_13b_step) -> list[Moment]:
+    """Run `iterations` until the clock says ``until``; returns every so many of them a `Moment`."""
+    return [Moment(iteration.begin, len(iteration.scheduled), len(scheduler.waiting), usage(scheduler.manager))
+            for step, iteration in enumerate(iterations(scheduler, arrivals, step_seconds, until)) if step % every == 0]
