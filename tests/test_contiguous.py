@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from functools import cache
-from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import minipaged
 from minipaged import SamplingParams
 from minipaged.errors import DoubleFree, InvalidConfig, OutOfBlocks, RequestTooLarge
 from minipaged.simulate.contiguous import BuddyAllocator, ContiguousSpaceManager
 from minipaged.memory.manager import BlockSpaceManager
 from minipaged.scheduler import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
-from minipaged.simulate.clock import mean_usage, opt_13b_step, play
+from minipaged.simulate.clock import mean_usage, play
+from minipaged.simulate.systems import ContinuousBatching
 from minipaged.simulate.usage import Piece, Usage, layout, usage
+from minipaged.simulate.workloads import Request, arrivals
 from minipaged.views.canvas import WIDTH
 from minipaged.views.fragmentation import LEFT, RIGHT, ROW, USES, bars_view, fragmentation_view, slots_view
 
-DATA = Path(minipaged.__file__).parent / "data" / "figure_2_requests.json"
 BLOCKS = 984  # of 16 slots, as in the paper's run
 # Figure 2 as measured in its drawing: token states, reservation, internal, external fragmentation & others, in percent.
 FIGURE_2 = {"max": (20.410, 13.349, 57.298, 8.943), "pow2": (26.849, 17.884, 13.646, 41.622),
             "oracle": (38.199, 25.242, 0.0, 36.559), "paged": (96.264, 1.044, 1.044, 1.647)}
 
 
-def request(number: int, prompt: int, output: int) -> SequenceGroup:
-    return SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(), None, prompt + output, 0)
+def request(number: int, prompt: int, output: int, n: int = 1) -> SequenceGroup:
+    return SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(n=n), None, prompt + output, 0)
 
 
 def scheduler(kind: str, num_blocks: int = BLOCKS, block_size: int = 16, max_len: int = 2048) -> Scheduler:
@@ -134,7 +130,7 @@ def test_what_is_reserved(estimate: str, prompt: int, output: int, slots: int, b
     assert manager.claim(prompt, output) == slots
     manager.allocate(request(0, prompt, output))
     assert list(manager.device.allocated.values()) == [blocks]
-    piece = manager.pieces[0]
+    piece, = manager.pieces
     assert piece[2:] == (prompt, output, slots - prompt - output, blocks * 16 - slots)
 
 
@@ -160,18 +156,23 @@ def test_nobody_overtakes_the_head_of_the_queue() -> None:
 
 def test_a_request_of_several_sequences_gets_a_chunk_for_each_or_none() -> None:
     manager = ContiguousSpaceManager("oracle", 1, 16, 16)
-    first, second = request(0, 2, 5), request(1, 2, 5)
-    first.seqs.append(Sequence(10, [0, 0], 2))
+    first, second = request(0, 2, 5, n=2), request(1, 2, 5)
     manager.allocate(first)
     assert manager.device.allocated == {0: 8, 8: 8}
+    assert [piece[2:] for piece in manager.pieces] == [(2, 5, 0, 1), (0, 7, 0, 1)], "the second waits for its copy"
+    child = Sequence(10, [0, 0], 2)
+    manager.fork(first.seqs[0], child)
+    assert [piece[2:] for piece in manager.pieces] == [(2, 5, 0, 1)] * 2, "nothing is shared"
     assert not manager.can_allocate(second)
-    manager.free(first.seqs[1])
-    manager.free(first.seqs[1])  # as `BlockSpaceManager.free`: without a chunk, nothing
+    manager.free(child)
+    manager.free(child)  # as `BlockSpaceManager.free`: without a chunk, nothing
     assert manager.can_allocate(second)
-    second.seqs.append(Sequence(11, [0, 0], 2))
     with pytest.raises(OutOfBlocks):
-        manager.allocate(second)
-    assert list(manager.pieces) == [0] and manager.device.num_free == 8
+        manager.allocate(request(1, 2, 5, n=2))
+    assert [piece.owner for piece in manager.pieces] == [0] and manager.device.num_free == 8
+    manager.allocate(third := request(3, 1, 2, n=2))
+    manager.free(third.seqs[0])
+    assert manager.device.num_free == 8, "chunks that were never forked into go back too"
 
 
 def test_what_never_fits_is_refused() -> None:
@@ -215,11 +216,10 @@ def test_every_slot_is_counted_at_every_step(kind: str, block_size: int, lengths
         return out
 
     simulated.schedule = checked
-    arrivals = [(number / 7, request(number, *pair)) for number, pair in enumerate(lengths)]
-    moments = play(simulated, arrivals, until=1e9, every=1, step_seconds=lambda batch, prompt: 0.5)
+    requests = [Request(number / 7, *pair) for number, pair in enumerate(lengths)]
+    moments = play(ContinuousBatching(simulated), requests, until=1e9, every=1, seconds=lambda work: 0.5)
     assert len(moments) == steps and not simulated.has_unfinished
     assert usage(simulated.manager).free == num_blocks * block_size, "everything was given back"
-    assert all(len(group.seqs[0].token_ids) == group.max_len for _, group in arrivals)
 
 
 def test_a_shared_block_counts_once() -> None:
@@ -244,36 +244,20 @@ def test_the_plotting_rule_of_figure_2() -> None:
 
 
 def test_the_clock() -> None:
-    assert opt_13b_step(8, 256) == pytest.approx(0.0256 + 8 * 0.00044 + 256 * 0.00013)
     seen = []
-    moments = play(scheduler("max"), [(1.0, request(0, 5, 3)), (1.25, request(1, 7, 2))], until=9, every=1,
-                   step_seconds=lambda batch, prompt: seen.append((batch, prompt)) or 0.5)
-    assert [moment.time for moment in moments] == [1.0, 1.5, 2.0] and seen == [(1, 5), (2, 7), (2, 0)]
+    moments = play(ContinuousBatching(scheduler("max")), [Request(1.0, 5, 3), Request(1.25, 7, 2)], until=9, every=1,
+                   seconds=lambda work: seen.append(work[:3]) or 0.5)
+    assert [moment.time for moment in moments] == [1.0, 1.5, 2.0]
+    assert seen == [(1, 5, 0), (2, 1 + 7, 6), (2, 2, 7 + 8)], "sequences, tokens, and tokens that are read"
     assert [moment.running for moment in moments] == [1, 2, 2]
     assert mean_usage(moments, since=1.5).tokens == mean((6 + 7, 7 + 8))
 
 
 # ---- Figure 2 --------------------------------------------------------------------------------------------------------
 
-@cache
-def workload() -> list[list[int]]:
-    return json.loads(DATA.read_text())["requests"]
-
-
-def test_the_workload_is_the_one_it_says() -> None:
-    about = json.loads(DATA.read_text())
-    assert DATA.stat().st_size < 60_000 and "OPT" in about["about"] and "sosp-ae-astra" in about["source"]
-    assert [round(mean(column), 2) for column in list(zip(*workload()))[1:]] == about["means"]
-    assert all(prompt + output < 2048 for _, prompt, output in workload())
-    arrivals = np.random.RandomState(0).poisson(0.04, size=90_000)
-    assert [time for time, *_ in workload()] == np.repeat(np.arange(90_000), arrivals).tolist()
-
-
 @pytest.mark.parametrize("kind", FIGURE_2)
 def test_figure_2(kind: str) -> None:
-    simulated = scheduler(kind)
-    arrivals = [(time / 100, request(number, *pair)) for number, (time, *pair) in enumerate(workload())]
-    moments = play(simulated, arrivals, until=900)
+    moments = play(ContinuousBatching(scheduler(kind)), arrivals("ShareGPT", 4.0, 900.0), until=900)
     used = mean_usage(moments, since=300)
     print(kind, [round(share, 2) for share in used.figure_2()])
     for ours, theirs in zip(used.figure_2(), FIGURE_2[kind]):
@@ -304,7 +288,8 @@ def drawn_areas(svg: str) -> dict[str, float]:
 def some_pool(kind: str, seed: int) -> list[Piece]:
     draw = random.Random(seed)
     simulated = scheduler(kind, num_blocks=150, block_size=8, max_len=256)
-    play(simulated, [(0.0, request(n, draw.randint(1, 90), draw.randint(1, 90))) for n in range(80)], until=2)
+    play(ContinuousBatching(simulated), [Request(0.0, draw.randint(1, 90), draw.randint(1, 90)) for _ in range(80)],
+         until=2)
     return layout(simulated.manager)
 
 

@@ -135,7 +135,17 @@ class ContiguousSpaceManager:
             raise InvalidConfig(f"the estimate is {estimate!r}; give 'max', 'pow2' or 'oracle'")
         self.estimate, self.block_size, self.max_len, self.trace = estimate, block_size, max_len, NO_TRACE
         self.device = BuddyAllocator(num_blocks, next_power_of_two(-(-max_len // block_size)))
-        self.pieces: dict[int, Piece] = {}  # by sequence
+        self.tokens: dict[int, int] = {}  # slots that each sequence has filled
+        self.held: dict[int, list[Piece]] = {}  # by sequence: its own piece, as yet empty, and those for its forks
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All reservations, as they are filled now."""
+        found = []
+        for seq, (own, *spare) in self.held.items():
+            tokens = self.tokens[seq]
+            found += [own._replace(tokens=tokens, reserved=own.reserved - tokens), *spare]
+        return found
 
     def claim(self, prompt: int, output: int) -> int:
         """Slots to ask for: min(prompt + estimate, ``max_len``).
@@ -150,30 +160,34 @@ class ContiguousSpaceManager:
         guess = {"max": self.max_len, "pow2": next_power_of_two(output), "oracle": output}[self.estimate]
         return min(prompt + guess, self.max_len)
 
-    def _blocks(self, group: SequenceGroup) -> list[tuple[Sequence, int, int]]:
-        """Each sequence with the slots to ask for and the blocks that hold them."""
-        claims = [self.claim(seq.prompt_len, group.max_len - seq.prompt_len) for seq in group.unfinished]
-        return [(seq, slots, -(-slots // self.block_size)) for seq, slots in zip(group.unfinished, claims)]
+    def _claim(self, group: SequenceGroup) -> tuple[Sequence, int, int]:
+        """The group's first sequence, the slots to ask for, and the blocks that hold them."""
+        seq = group.seqs[0]
+        slots = self.claim(seq.prompt_len, group.max_len - seq.prompt_len)
+        return seq, slots, -(-slots // self.block_size)
 
     def can_allocate(self, group: SequenceGroup, beside_others: bool = False) -> bool:
         """Whether a chunk for each sequence of the group is free; `RequestTooLarge` if not even in an empty pool."""
-        sizes, pool = [blocks for _, _, blocks in self._blocks(group)], self.device
-        if pool.can_allocate(*sizes):
+        (_, _, blocks), pool = self._claim(group), self.device
+        if pool.can_allocate(*[blocks] * group.width):
             return True
         if not pool.allocated:
-            raise RequestTooLarge(f"request {group.request_id} reserves {sum(sizes)} blocks, and the empty pool of "
-                                  f"{pool.num_blocks} has no such chunks; give a larger pool, or a smaller max_len")
+            raise RequestTooLarge(f"request {group.request_id} reserves {group.width} times {blocks} blocks, and the "
+                                  f"empty pool of {pool.num_blocks} has no such chunks; give a larger pool, or a "
+                                  "smaller max_len")
         return False
 
     def allocate(self, group: SequenceGroup) -> list[tuple[int, int]]:
-        """Reserve a chunk for each sequence, or for none and raise `OutOfBlocks`; there is never a block to copy."""
+        """Reserve a chunk for each sequence that the group will have, or for none and raise `OutOfBlocks`; there is
+        never a block to copy."""
         if not self.can_allocate(group):
             raise OutOfBlocks(f"no chunks for request {group.request_id} are free; ask can_allocate first")
-        for seq, slots, blocks in self._blocks(group):
-            start, tokens = self.device.allocate(blocks), len(seq.token_ids)
-            given = self.device.allocated[start] * self.block_size
-            self.pieces[seq.seq_id] = Piece(seq.seq_id, start * self.block_size, tokens, group.max_len - tokens,
-                                            slots - group.max_len, given - slots)
+        seq, slots, blocks = self._claim(group)
+        starts = [self.device.allocate(blocks) for _ in range(group.width)]
+        self.tokens[seq.seq_id] = len(seq.token_ids)
+        self.held[seq.seq_id] = [
+            Piece(seq.seq_id, start * self.block_size, 0, group.max_len, slots - group.max_len,
+                  self.device.allocated[start] * self.block_size - slots) for start in starts]
         return []
 
     def can_append_slots(self, group: SequenceGroup) -> bool:
@@ -182,11 +196,16 @@ class ContiguousSpaceManager:
 
     def append_slot(self, seq: Sequence) -> list[tuple[int, int]]:
         """Use the next slot of the reservation; there is never a block to copy."""
-        piece = self.pieces[seq.seq_id]
-        self.pieces[seq.seq_id] = piece._replace(tokens=piece.tokens + 1, reserved=piece.reserved - 1)
+        self.tokens[seq.seq_id] += 1
         return []
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Give a child one of the chunks that were reserved with its parent's, for a copy of what that holds (§6.3)."""
+        self.held[child.seq_id] = [self.held[parent.seq_id].pop()._replace(owner=child.seq_id)]
+        self.tokens[child.seq_id] = self.tokens[parent.seq_id]
+
     def free(self, seq: Sequence) -> None:
-        """Give the chunk of a sequence back; without one, nothing."""
-        if (piece := self.pieces.pop(seq.seq_id, None)) is not None:
+        """Give the chunks of a sequence back; without any, nothing."""
+        self.tokens.pop(seq.seq_id, None)
+        for piece in self.held.pop(seq.seq_id, ()):
             self.device.free(piece.start // self.block_size)

@@ -12,7 +12,7 @@ def layout(manager: ContiguousSpaceManager | BlockSpaceManager) -> list[Piece]:
     """What every slot in use is used for: a piece per reservation or, paged, per physical block. A shared block counts
     once, for the reader that has filled most of it."""
     if isinstance(manager, ContiguousSpaceManager):
-        return sorted(manager.pieces.values(), key=lambda piece: piece.start)
+        return sorted(manager.pieces, key=lambda piece: piece.start)
     size, filled = manager.block_size, {}
     for seq, table in manager.block_tables.items():
         if seq not in manager.swapped:
