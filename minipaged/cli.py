@@ -80,6 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the trace's name with .html")
     command.add_argument("--step", type=int, help="the iteration to open at (default: the last that used a block)")
 
+    command = commands.add_parser("bench", help="tokens per second on 32 requests of random lengths")
+    command.set_defaults(run=bench)
+    command.add_argument("--model", default="opt-125m",
+                         help="default: random weights in the geometry of opt-125m; else as in generate")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--pool", choices=["full", "quarter"], help="KV blocks for all requests at their full length, "
+                         "or a quarter of them; default: both, one after the other")
+    command.add_argument("--against", choices=["transformers"], help="run its generate and its continuous batching too")
+    command.add_argument("--rounds", type=_count, default=3, metavar="N", help="runs of each (default: 3)")
+    command.add_argument("--requests", type=_count, default=32, metavar="N", help="default: 32")
+
     command = commands.add_parser("kernels", help="what the compiler makes of the Triton kernels; needs no GPU")
     command.set_defaults(run=kernels)
     command.add_argument("--report", action="store_true", required=True,
@@ -162,6 +173,15 @@ def view(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    """Print how fast the engine serves the benchmark's requests."""
+    from .bench import SHARES, bench as run
+
+    print(run(args.model, args.dtype, [args.pool] if args.pool else list(SHARES), args.against is not None,
+              args.rounds, args.requests))
+    return 0
+
+
 def kernels(args: argparse.Namespace) -> int:
     """Print the report on the compiled kernels."""
     if find_spec("triton") is None:
@@ -178,6 +198,12 @@ def reproduce(args: argparse.Namespace) -> int:
 
     make(args.figures, args.out, args.minutes)
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _trace(path: Path | None) -> Trace:
