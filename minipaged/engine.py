@@ -58,7 +58,8 @@ class LLMEngine:
                                 "each sequence takes a token an iteration; raise the one or lower the other")
         self.manager = BlockSpaceManager(config.block_size, self.runner.num_gpu_blocks, self.runner.num_cpu_blocks,
                                          enable_prefix_caching=config.enable_prefix_caching, trace=trace)
-        self.scheduler = Scheduler(self.manager, config.max_num_seqs, budget, config.preemption_mode, config.chaos)
+        self.scheduler = Scheduler(self.manager, config.max_num_seqs, budget, config.preemption_mode, config.chaos,
+                                   config.preemption_policy)
         self._request_ids, self._seq_ids = count(), count()
         self.output_processor = OutputProcessor(self.manager, self.tokens, self.runner.eos_token_ids, self._seq_ids,
                                                 trace)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .chaos import Chaos
 from .errors import InvalidConfig, InvalidParams
+
+if TYPE_CHECKING:
+    from .sequence import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,9 @@ class EngineConfig:
     preemption_mode : "swap", "recompute" or None
         How a request gives way when blocks run out (§4.5). None is vLLM v0.1's rule: a single sequence is recomputed,
         several are swapped.
+    preemption_policy : function or None
+        Who gives way, and how: gets the running requests in order of arrival, and returns one of them and "swap",
+        "recompute" or None. None: the latest, by ``preemption_mode``.
     audit : bool
         Check the books after every step, and poison freed blocks with NaN. Off, unless the environment variable
         MINIPAGED_AUDIT is 1, as under `minipaged lab` and in the tests.
@@ -212,6 +219,7 @@ class EngineConfig:
     attention: Literal["auto", "eager", "cpu", "triton"] = "auto"
     enable_prefix_caching: bool = False
     preemption_mode: Literal["swap", "recompute"] | None = None
+    preemption_policy: Callable[[list[SequenceGroup]], tuple[SequenceGroup, str | None]] | None = None
     audit: bool = field(default_factory=lambda: os.environ.get("MINIPAGED_AUDIT") == "1")
     chaos: Chaos | None = None
 

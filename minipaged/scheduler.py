@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
 from . import trace as ev
 from .chaos import Chaos
+from .errors import InvalidConfig
 from .memory.manager import BlockSpaceManager
 from .sequence import Sequence, SequenceGroup, Status
 
 PreemptionMode = Literal["swap", "recompute"]
+# Of the running requests, in order of arrival: which of them gives way, and how; None leaves the way to the engine.
+PreemptionPolicy = Callable[[list[SequenceGroup]], tuple[SequenceGroup, PreemptionMode | None]]
+
+
+def latest(running: list[SequenceGroup]) -> tuple[SequenceGroup, None]:
+    """The policy of first come, first served (§4.5): the request that came last is preempted first."""
+    return running[-1], None
 
 
 @dataclass
@@ -42,7 +51,7 @@ class SchedulerOutputs:
 
 
 class Scheduler:
-    """First come, first served; the latest request is preempted first, with all of its blocks (§4.5).
+    """First come, first served; who is preempted gives up all of its blocks (§4.5).
 
     Parameters
     ----------
@@ -57,6 +66,9 @@ class Scheduler:
         How requests give way. None is vLLM v0.1's rule: one with a single sequence is recomputed, others are swapped.
     chaos : Chaos or None
         Preempts besides, for tests and demonstrations.
+    policy : PreemptionPolicy or None
+        Chooses who gives way when blocks run out, and how. Whatever it chooses, all requests are served, with the
+        same tokens; but only `latest`, which None stands for, keeps later ones from overtaking earlier ones.
 
     Attributes
     ----------
@@ -65,10 +77,11 @@ class Scheduler:
     """
 
     def __init__(self, manager: BlockSpaceManager, max_num_seqs: int, max_num_batched_tokens: int,
-                 preemption_mode: PreemptionMode | None = None, chaos: Chaos | None = None) -> None:
+                 preemption_mode: PreemptionMode | None = None, chaos: Chaos | None = None,
+                 policy: PreemptionPolicy | None = None) -> None:
         self.manager, self.trace = manager, manager.trace
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.preemption_mode, self.chaos = preemption_mode, chaos
+        self.preemption_mode, self.chaos, self.policy = preemption_mode, chaos, policy or latest
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
@@ -98,9 +111,9 @@ class Scheduler:
     def schedule(self) -> SchedulerOutputs:
         """Decide one iteration; blocks are allocated, freed and exchanged on the way.
 
-        Running requests come first, in order of arrival; while one of them cannot take its next token, the latest is
-        preempted. Only an iteration that preempted nobody takes requests in: what was just pushed out would otherwise
-        come straight back.
+        Running requests come first; while there are too few blocks for the next token of each, one is preempted. Only
+        an iteration that preempted nobody takes requests in: what was just pushed out would otherwise come straight
+        back.
         """
         out = SchedulerOutputs()
         self.iteration += 1
@@ -115,15 +128,16 @@ class Scheduler:
 
     def _grow_running(self, out: SchedulerOutputs) -> bool:
         """Give every running sequence a slot for its newest token; returns whether a request was preempted."""
-        preempted, index = False, 0
-        while index < len(self.running):
-            group = self.running[index]
-            if not self.manager.can_append_slots(group):
-                self._preempt(self.running[-1], out, "no free block")
-                preempted = True
-                continue
+        preempted = False
+        while not self.manager.can_append_slots(self.running):
+            group, how = self.policy(list(self.running))
+            if group not in self.running or how not in ("swap", "recompute", None):
+                raise InvalidConfig(f"the preemption policy chose {group!r} and {how!r}; give one of the running "
+                                    "requests, and 'swap', 'recompute' or None")
+            self._preempt(group, out, "no free block", how)
+            preempted = True
+        for group in self.running:
             self._append_slots(group, out)
-            index += 1
         return preempted
 
     def _append_slots(self, group: SequenceGroup, out: SchedulerOutputs) -> None:

@@ -144,17 +144,15 @@ class BlockSpaceManager(Shown):
 
     # ---- decoding --------------------------------------------------------------------------------------------
 
-    def can_append_slots(self, group: "SequenceGroup") -> bool:
-        """Whether each sequence of the group can take one more token now."""
-        seqs = group.unfinished
-        if len(seqs) == 1:
-            table = self.block_tables[seqs[0].seq_id]
-            needed = table.is_full or self.device.ref_counts[table.blocks[-1]] > 1
-        else:
-            needed = self._blocks_to_append(self._tables(group), self.device)
-        return needed <= self.device.num_free
+    def can_append_slots(self, groups: list["SequenceGroup"]) -> bool:
+        """Whether each sequence of these groups can take one more token now."""
+        tables = [self._tables(group) for group in groups]
+        return sum(self._blocks_to_append(each, self.device) for each in tables) <= self.device.num_free
 
     def _blocks_to_append(self, tables: list[BlockTable], pool: BlockAllocator) -> int:
+        """Blocks that one more token for each of the sequences of a group takes."""
+        if len(tables) == 1:
+            return int(tables[0].is_full or pool.ref_counts[tables[0].blocks[-1]] > 1)
         new = sum(table.is_full for table in tables)
         writers = Counter(table.blocks[-1] for table in tables if not table.is_full)
         # Of the writers to one shared block each copies it, but the last reader writes in place.

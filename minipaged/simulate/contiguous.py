@@ -190,7 +190,7 @@ class ContiguousSpaceManager:
                   self.device.allocated[start] * self.block_size - slots) for start in starts]
         return []
 
-    def can_append_slots(self, group: SequenceGroup) -> bool:
+    def can_append_slots(self, groups: list[SequenceGroup]) -> bool:
         """Always: this is what the reservation is for."""
         return True
 
