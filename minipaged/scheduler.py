@@ -173,11 +173,12 @@ class Scheduler:
         return True
 
     def _has_turn(self, group: SequenceGroup, out: SchedulerOutputs) -> bool:
+        fits = self.manager.can_swap_in if group in self.swapped[:1] else self.manager.can_allocate
+        if not fits(group, beside_others=bool(self.running)):
+            return False
         num_seqs = group.width + sum(other.width for other, _ in out.scheduled)
         tokens = sum(seq.num_new for seq in out.seqs + group.unfinished)
-        fits = self.manager.can_swap_in if group in self.swapped[:1] else self.manager.can_allocate
-        return (num_seqs <= self.max_num_seqs and (tokens <= self.max_num_batched_tokens or not out.scheduled)
-                and fits(group, beside_others=bool(self.running)))
+        return num_seqs <= self.max_num_seqs and (tokens <= self.max_num_batched_tokens or not out.scheduled)
 
     def _preempt(self, group: SequenceGroup, out: SchedulerOutputs, why: str, how: PreemptionMode | None = None) -> None:
         """All-or-nothing (§4.5): every block of every sequence of the request is given up.
@@ -218,9 +219,10 @@ class Scheduler:
             seq.num_computed = 0
 
     def _take(self, group: SequenceGroup) -> None:
-        for queue in (self.waiting, self.running, self.swapped):
+        for queue in (self.running, self.swapped, self.waiting):  # the longest last
             if group in queue:
                 queue.remove(group)
+                return
 
     def _move(self, group: SequenceGroup, queue: list[SequenceGroup], status: Status) -> None:
         self._take(group)

@@ -119,7 +119,7 @@ class SequenceGroup:
     @property
     def unfinished(self) -> list[Sequence]:
         """The sequences that still generate."""
-        return [seq for seq in self.seqs if not seq.finished]
+        return [seq for seq in self.seqs if seq.status is not Status.FINISHED]
 
     @property
     def num_generated(self) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from minipaged.errors import InvalidConfig, RequestTooLarge
+from minipaged.reproduce.paper import curves
 from minipaged.simulate import workloads
 from minipaged.simulate.clock import Iteration, outcome, run, serve
-from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, Cost, Work
+from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, SWAP_IN, SWAP_OUT, Cost, Work
 from minipaged.simulate.systems import SYSTEMS, StaticBatching, make_system
 from minipaged.simulate.workloads import Request, arrivals, histogram, lengths
 
@@ -120,6 +121,36 @@ def test_the_cost_grows_with_each_part_of_the_work() -> None:
         assert cost.seconds(more) > base, more
     assert cost.seconds(Work(8, 100, 3200)) == base, "below the roofline's bend the weights' bytes take longer"
     assert cost.seconds(Work(0, 0, 0)) == 0
+
+
+def test_the_constants_fit_the_points_that_they_name() -> None:
+    """Each constant of `cost.py` says to what it is fitted; here it is."""
+    cost, kv_bytes = Cost(SERVERS["OPT-13B"]), SERVERS["OPT-13B"].model.kv_bytes
+    batch, rate = np.array(curves("fig1 throughput")["Throughput"][1:]).T
+    _, empty = np.polyfit(batch, batch / rate, 1)
+    assert cost.seconds(Work(1, 1, 0)) - cost.engine.per_sequence == pytest.approx(empty, rel=0.01)
+    recompute = fmean(ms for _, ms in curves("fig19a")["Recompute"]) / 1000
+    assert cost.seconds(Work(1, 256, 0)) == pytest.approx(recompute, rel=0.01)
+    kernel = dict(curves("fig18a")["vLLM (bs 32)"])
+    per_token = 40 * (kernel[256] - kernel[128]) * 1e-6 / (32 * 128)
+    assert cost.seconds(Work(1, 1, 1001)) - cost.seconds(Work(1, 1, 1)) == pytest.approx(1000 * per_token, rel=0.01)
+    for name, transfer in (("Swap in", SWAP_IN), ("Swap out", SWAP_OUT)):
+        for size in (1, 256):
+            seconds = transfer.seconds(256 // size, size * kv_bytes, 40)
+            assert 1000 * seconds == pytest.approx(dict(curves("fig19a")[name])[size], rel=0.01)
+
+
+@pytest.mark.parametrize(("panel", "server", "workload", "system", "points", "seconds"), [
+    ("fig12a", "OPT-13B", "ShareGPT", "FasterTransformer", 1, 3600),
+    ("fig12b", "OPT-66B", "ShareGPT", "FasterTransformer", 1, 3600),
+    ("fig12c", "OPT-175B", "ShareGPT", "FasterTransformer", 1, 900), ("fig12b", "OPT-66B", "ShareGPT", "vLLM", 2, 3600),
+    ("fig12d", "OPT-13B", "Alpaca", "vLLM", 1, 120)])
+def test_the_constants_fit_the_low_loads_that_they_name(panel: str, server: str, workload: str, system: str,
+                                                        points: int, seconds: float) -> None:
+    """Within 10 %: a few constants go through all of them."""
+    ratios = [serve(system, arrivals(workload, rate, seconds), server).latency / latency
+              for rate, latency in curves(panel)[system][:points]]
+    assert fmean(ratios) == pytest.approx(1, abs=0.1), ratios
 
 
 def test_more_and_faster_gpus() -> None:

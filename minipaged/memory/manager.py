@@ -178,7 +178,8 @@ class BlockSpaceManager(Shown):
         elif self.device.ref_counts[table.blocks[-1]] > 1:
             copies = self._copy_on_write(seq, table)
         table.num_tokens += 1
-        self.trace.emit(ev.Write, seq=seq.seq_id, start=table.num_tokens - 1, end=table.num_tokens)
+        if self.trace is not ev.NO_TRACE:  # once for every token: worth a question
+            self.trace.emit(ev.Write, seq=seq.seq_id, start=table.num_tokens - 1, end=table.num_tokens)
         return copies
 
     def mark_computed(self, seq: "Sequence") -> None:

@@ -89,9 +89,9 @@ LLAMA_13B = Model("LLaMA-13B", 5120, 40, 26e9)
 SERVERS = {"OPT-13B": Server(OPT_13B, A100_40GB, 1, 15_744), "OPT-66B": Server(OPT_66B, A100_40GB, 4, 9_700),
            "OPT-175B": Server(OPT_175B, A100_80GB, 8, 60_100), "LLaMA-13B": Server(LLAMA_13B, A100_40GB, 1, 15_744)}
 
-WEIGHTS = 0.83  # share of the bandwidth. Fitted: FasterTransformer's first point of Figure 12a
-FLOPS = 0.66  # share of the arithmetic. Fitted: Figure 19a, recomputation of 256 tokens
-KEYS_AND_VALUES = 0.5  # share of the bandwidth. Fitted: slope of Figure 18a, 32 requests, context 128 to 256
+WEIGHTS = 0.80  # share of the bandwidth. Fitted: FasterTransformer's first points in Figure 12a, b and c
+FLOPS = 0.65  # share of the arithmetic. Fitted: Figure 19a, recomputation of 256 tokens
+KEYS_AND_VALUES = 0.50  # share of the bandwidth. Fitted: Figure 18a's slope, 32 requests, context 128 to 256
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ class Engine:
     per_sequence: float
 
 
-# The paper's Orcas and vLLM are one engine (§6.1).
-VLLM = Engine(0.14 * MS, 0.07 * MS, 0.36 * MS)
-FASTER_TRANSFORMER = Engine(0.0, 0.036 * MS, 0.0)
+# The paper's Orcas and vLLM are one engine (§6.1). Fitted: per layer, Figure 1's throughput, drawn on to no request; per
+# hop, vLLM's first two points in Figure 12b; per sequence, vLLM's first point in Figure 12d.
+VLLM = Engine(0.1325 * MS, 0.071 * MS, 0.335 * MS)
+# Fitted, with WEIGHTS: FasterTransformer's first points in Figure 12a, b and c.
+FASTER_TRANSFORMER = Engine(0.0, 0.034 * MS, 0.0)
 
 
 class Transfer(NamedTuple):

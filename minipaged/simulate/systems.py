@@ -117,18 +117,18 @@ class ContinuousBatching:
 
     def schedule(self) -> tuple[Work, list[int]]:
         """One iteration of the scheduler; its blocks are allocated and exchanged."""
+        self.manager.trace.begin_step()
         out = self.scheduler.schedule()
         self._scheduled = out.scheduled
         seqs = tokens = context = 0
         completed = []
         for group, running in out.scheduled:
-            for seq in running:
-                length = len(seq.token_ids)
-                new = length - seq.num_computed
-                tokens += new
-                if new == 1 and seq.num_computed:
-                    context += length
+            length = len(running[0].token_ids)  # the same for all sequences of a request
             seqs += len(running)
+            for seq in running:
+                if (new := length - seq.num_computed) == 1 and length > 1:
+                    context += length
+                tokens += new
             if length + 1 == group.max_len:
                 completed.append(group.request_id)
         copied, self._copied = self._copied + len(out.blocks_to_copy) * self.manager.block_size, 0
@@ -136,21 +136,28 @@ class ContinuousBatching:
 
     def commit(self) -> None:
         """Each sequence that ran has one more token; what this ends, gives its blocks back."""
+        if self.width > 1 and self.beams is None:
+            self._fork_samples()
+        ended = []
         for group, seqs in self._scheduled:
+            length = len(seqs[0].token_ids)
             for seq in seqs:
-                seq.num_computed = len(seq.token_ids)
-            if self.beams is None and len(group.seqs) < self.width:  # the prompt has just been computed
-                group.seqs += [self._fork(seqs[0]) for _ in range(self.width - 1)]
-        for group, seqs in self._scheduled:
+                seq.num_computed = length
             if self.beams is not None:
                 self._beam_step(group, seqs)
             for token, seq in enumerate(group.seqs):
                 seq.token_ids.append(token)  # differs between them, so that what follows is never taken for shared
-            if len(group.seqs[0].token_ids) == group.max_len:
+            if length + 1 == group.max_len:
                 self._finish(group.seqs)
-        for group, _ in self._scheduled:
-            if group.finished:
-                self.scheduler.remove(group)
+                ended.append(group)
+        for group in ended:
+            self.scheduler.remove(group)
+
+    def _fork_samples(self) -> None:
+        for group, seqs in self._scheduled:
+            if len(group.seqs) < self.width:  # the prompt has just been computed
+                seqs[0].num_computed = len(seqs[0].token_ids)
+                group.seqs += [self._fork(seqs[0]) for _ in range(self.width - 1)]
 
     def _fork(self, parent: Sequence) -> Sequence:
         child = parent.fork(next(self._ids))
