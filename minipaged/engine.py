@@ -203,6 +203,12 @@ class LLMEngine:
                 self._abort(self._to_abort)
                 self._to_abort = []
 
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Hold iterations back while somebody reads what the last one left."""
+        with self._lock:
+            yield
+
     def snapshot(self, groups: list[SequenceGroup]) -> list[RequestOutput]:
         """These requests as one iteration left them all."""
         with self._lock:

@@ -61,6 +61,10 @@ class EngineClosed(MinipagedError, RuntimeError):
     """An LLM was used after ``close()``."""
 
 
+class NotRunning(MinipagedError, LookupError):
+    """A sequence was asked for that has no blocks on the device now."""
+
+
 class AuditError(MinipagedError, AssertionError):
     """The block tables, reference counts and free lists contradict each other."""
 

@@ -100,7 +100,7 @@ def test_the_scheduler_knows_memory_and_sequences() -> None:
 def test_views_know_the_trace_alone(name: str) -> None:
     inside, outside = imports(name)
     assert all(is_part(other, "views", "trace", "replay", "display", "errors") for other in inside), inside
-    notebook = {"IPython", "anywidget", "ipywidgets", "traitlets"} if name == "views.widget" else set()
+    notebook = {"IPython", "anywidget", "ipywidgets", "traitlets"} if name.endswith("widget") else set()
     assert outside <= sys.stdlib_module_names | notebook
 
 

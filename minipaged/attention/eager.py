@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,9 +21,46 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
     return torch.cat(outputs)  # [tokens, heads, head_dim]
 
 
+class Walked(NamedTuple):
+    """Where Eq. 4 stands once one more block is read; heads are [kv_heads, group], the group sharing a key head.
+
+    Attributes
+    ----------
+    score : Tensor [queries, kv_heads, group, filled]
+        q·k/sqrt(d) of this block's slots; -inf where the slot lies after the query's position.
+    largest : Tensor [queries, kv_heads, group, 1]
+        The largest score so far.
+    shrink : Tensor [queries, kv_heads, group, 1]
+        What the sums so far were multiplied with, as they are kept relative to the largest score.
+    total : Tensor [queries, kv_heads, group, 1]
+        Sum of the exponentials so far: the denominator, relative to exp(largest).
+    weighted : Tensor [queries, kv_heads, group, head_dim]
+        Sum of the values so far, weighted with the exponentials: the numerator.
+    """
+
+    score: torch.Tensor
+    largest: torch.Tensor
+    shrink: torch.Tensor
+    total: torch.Tensor
+    weighted: torch.Tensor
+
+
 def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block_table: list[int],
                context_len: int, scale: float) -> torch.Tensor:
-    """Eq. 4 for the last tokens of one sequence.
+    """Eq. 4 for the last tokens of one sequence: what `walk` holds at the end of the block table, divided.
+
+    Returns
+    -------
+    Tensor [queries, heads, head_dim], of the queries' type; computed in float32.
+    """
+    for end in walk(query, keys, values, block_table, context_len, scale):
+        pass
+    return (end.weighted / end.total).view(query.shape).to(query.dtype)
+
+
+def walk(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block_table: list[int], context_len: int,
+         scale: float) -> Iterator[Walked]:
+    """Eq. 4 for the last tokens of one sequence, block by block.
 
     The sum of exponentials in Eq. 4's denominator runs over all blocks; here it is gathered while walking through
     them, beside the weighted sum of the values. Both are kept relative to the largest score so far, which leaves
@@ -41,9 +79,9 @@ def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bl
     scale : float
         1/sqrt(d) in Eq. 4.
 
-    Returns
-    -------
-    Tensor [queries, heads, head_dim], of the queries' type; computed in float32.
+    Yields
+    ------
+    Walked, once for each block that holds some of the context.
     """
     num_queries, heads, head_dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
@@ -66,5 +104,4 @@ def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bl
         total = total * shrink + A_j.sum(-1, keepdim=True)
         weighted = weighted * shrink + torch.einsum("qkgs,skd->qkgd", A_j, V_j)
         largest = new_largest
-
-    return (weighted / total).view(num_queries, heads, head_dim).to(query.dtype)
+        yield Walked(score, largest, shrink, total, weighted)

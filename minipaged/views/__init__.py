@@ -13,16 +13,24 @@ from . import svg as _svg
 from . import text as _text
 from .frame import frame_of
 from .reservation import Reservation, reservation_svg, reservation_text
+from .walk import Walk
+from .walk import text as _walk_text
+from .walk_svg import render as _walk_svg
 
-__all__ = ["Microscope", "View", "memory_view", "microscope", "reservation_view"]
+__all__ = ["AttentionWalk", "Microscope", "View", "attention_walk", "memory_view", "microscope", "reservation_view",
+           "walk_view"]
 
 
 def __getattr__(name: str) -> Any:
-    """`microscope` and its class bring ipywidgets along, which takes a while; they are imported when first needed."""
+    """The widgets bring ipywidgets along, which takes a while; they are imported when first needed."""
     if name in ("Microscope", "microscope"):
         from . import widget
 
         return getattr(widget, name)
+    if name in ("AttentionWalk", "attention_walk"):
+        from . import walk_widget
+
+        return getattr(walk_widget, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -88,3 +96,22 @@ def reservation_view(used: int, future: int, reserved: int, block_size: int, byt
     """
     both = Reservation(used, future, reserved, block_size, bytes_per_token)
     return View(reservation_text(both), reservation_svg(both))
+
+
+def walk_view(walk: Walk, at: int | None = None) -> View:
+    """One query's walk over its block table (Eq. 4), as it stands once an entry is read.
+
+    Parameters
+    ----------
+    walk : Walk
+        As `minipaged.walk.walk_of` records it.
+    at : int or None
+        Index of that entry; None: the last.
+
+    Raises
+    ------
+    TraceError
+        There is no such entry.
+    """
+    at = walk.check(at)
+    return View(_walk_text(walk, at), _walk_svg(walk, at))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anywidget
 import traitlets
@@ -19,7 +19,7 @@ from . import html, svg, text
 from .frame import frame_of
 
 # Where views were made -> in which run, the views, and their source, so that no other object gets its id.
-_open: dict[object, tuple[str | None, list["Microscope"], object]] = {}
+_open: dict[object, tuple[str | None, list[anywidget.AnyWidget], object]] = {}
 
 
 class Microscope(anywidget.AnyWidget):
@@ -95,7 +95,14 @@ def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = 
     TraceError
         The file or the events are no whole trace, or have no such step.
     """
-    view = Microscope(html.events_of(source), step)
+    return keep(Microscope(html.events_of(source), step), source, name)
+
+
+Kept = TypeVar("Kept", bound=anywidget.AnyWidget)
+
+
+def keep(view: Kept, source: object, name: str | None = None) -> Kept:
+    """Remember a new view and close those that it replaces; parameters as in `microscope`."""
     where, run = _place(source, name)
     before, views, _ = _open.pop(where, (None, [], None))
     if before is None or before != run:
