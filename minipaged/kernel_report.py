@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attention import triton_kernels as kernels
+from .attention import triton_blocks, triton_kernels as kernels
 from .display import text_table
 from .errors import InvalidConfig
 
@@ -29,8 +29,8 @@ TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32
 # Assumed, from the makers' data sheets: card, memory bandwidth in bytes per second, multiprocessors.
 CARDS = {"sm_80": ("A100 80 GB SXM", 2.039e12, 108), "sm_90": ("H100 80 GB SXM", 3.35e12, 132),
          "gfx942": ("MI300X", 5.3e12, 304)}
-KERNELS = {"write": kernels.write_kernel, "decode": kernels.decode_kernel, "split": kernels.decode_kernel,
-           "reduce": kernels.reduce_kernel, "prefill": kernels.prefill_kernel, "copy": kernels.move_kernel}
+KERNELS = {"write": triton_blocks.write_kernel, "decode": kernels.decode_kernel, "split": kernels.decode_kernel,
+           "reduce": kernels.reduce_kernel, "prefill": kernels.prefill_kernel, "copy": triton_blocks.move_kernel}
 # Sequences and tokens of each that the bytes are stated for; "copy" moves that many blocks in 40 layers.
 SHAPES = {"write": (32, 1), "decode": (32, 1024), "split": (1, 16384), "reduce": (1, 16384), "prefill": (4, 1024),
           "copy": (8, 1)}
@@ -63,7 +63,7 @@ class Specialisation:
         """What the launch passes as constants, warps and stages among them."""
         if self.kernel in ("write", "copy"):
             width = self.kv_heads * self.head_dim
-            return kernels.copy_constants(width if self.kernel == "write" else width * self.block_size)
+            return triton_blocks.copy_constants(width if self.kernel == "write" else width * self.block_size)
         parts = None if self.kernel == "prefill" else self.parts
         shape = self.heads, self.kv_heads, self.head_dim, self.dtype, self.block_size
         constants = kernels.attention_constants(*shape, parts)

@@ -129,7 +129,7 @@ class ModelRunner:
         # §4.5: the space for swapped blocks is bounded by the device's; without room there, requests are recomputed.
         self.num_cpu_blocks = min(int(config.swap_space * GIB) // block_bytes, self.num_gpu_blocks)
         self.cache = KVCache(hf.num_hidden_layers, self.num_gpu_blocks, self.num_cpu_blocks, config.block_size,
-                             kv_heads, self.head_dim, self.dtype, self.device)
+                             kv_heads, self.head_dim, self.dtype, self.device, self.backend.moves)
 
     def run(self, seqs: list["Sequence"], tables: list["BlockTable"]) -> torch.Tensor:
         """Run the new tokens of all sequences through the model in one packed row (§4.3).

@@ -20,11 +20,13 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from minipaged.attention import PagedBatch, eager
 from minipaged.errors import InvalidConfig
+from minipaged.memory.cache import KVCache
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 # Contexts of one token, of one block, one less and one more (for block sizes 8 to 64), and past one tile of the kernel.
 UGLY = [1, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 130]
+BLOCK_SIZES, HEAD_DIMS = [8, 16, 32, 64, 128, 256], [64, 80, 96, 128, 256]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -38,7 +40,7 @@ def test_under_the_interpreter():
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    from minipaged.attention import triton_kernels as kernels
+    from minipaged.attention import triton_blocks, triton_kernels as kernels
 
     @pytest.fixture(autouse=True, scope="module")
     def bfloat16_products():
@@ -102,7 +104,16 @@ class TestKernels:
     def test_heads_that_share_a_kv_head(self, group, kv_heads):
         check([1, 1, 12], [5, 70, 40], 2, group=group, kv_heads=kv_heads)
 
-    @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+    @pytest.mark.parametrize("block_size", BLOCK_SIZES)
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_every_block_size_with_every_head_dim_and_type(self, block_size, head_dim, dtype):
+        """One token, a block but one, a whole block and one past it: decoding, whole prompts and the rest of prompts."""
+        contexts = [1, block_size - 1, block_size, block_size + 1]
+        for queries, parts in ([1, 1, 1, 1], 2), ([1, min(block_size - 1, 40), 5, 2], None):
+            check(queries, contexts, parts, block_size, group=3, head_dim=head_dim, dtype=dtype)
+
+    @pytest.mark.parametrize("head_dim", [16, 32, 112, *HEAD_DIMS])
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_head_dims_and_types(self, head_dim, dtype):
         for parts in 1, 4:
@@ -154,7 +165,7 @@ class TestKernels:
         for row, slot in zip(rows.tolist() if some else range(9), slots.tolist()):
             if slot >= 0:
                 expected[0, slot], expected[1, slot] = key[row], value[row]
-        kernels.reshape_and_cache(key, value, *data, slots, rows)
+        triton_blocks.reshape_and_cache(key, value, *data, slots, rows)
         assert_same_bits(data.flatten(1, 2), expected)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -164,17 +175,34 @@ class TestKernels:
         data = torch.randn(3, 2, 6, 16, 3, 80).to(dtype)  # two programs for a block
         expected = data.clone()
         expected[:, :, [write for _, write in pairs]] = data[:, :, [read for read, _ in pairs]]
-        kernels.copy_blocks(data, pairs)
+        triton_blocks.copy_blocks(data, pairs)
         assert_same_bits(data, expected)
 
     def test_gather_and_scatter(self):
         data = torch.randn(3, 2, 6, 13, 2, 64)
-        staging = kernels.gather_blocks(data, [5, 0, 3])
+        staging = triton_blocks.gather_blocks(data, [5, 0, 3])
         assert_same_bits(staging, data[:, :, [5, 0, 3]])
         other = torch.zeros(3, 2, 9, 13, 2, 64)
-        kernels.scatter_blocks(staging, other, [8, 1, 2])
+        triton_blocks.scatter_blocks(staging, other, [8, 1, 2])
         assert_same_bits(other[:, :, [8, 1, 2]], staging)
         assert not other[:, :, [0, 3, 4, 5, 6, 7]].any()
+
+    def test_swapping_through_the_cache(self):
+        """As the engine moves blocks: to the host's pool, and back to other blocks; the rest stays as it is."""
+        cache = KVCache(3, 7, 5, 8, 2, 64, torch.float16, torch.device("cpu"), triton_blocks.MOVES)
+        cache.data.normal_(), cache.host.normal_()
+        data, host = cache.data.clone(), cache.host.clone()
+        cache.swap_out([(6, 0), (2, 4)])
+        host[:, :, [0, 4]] = data[:, :, [6, 2]]
+        assert_same_bits(cache.host, host)
+        cache.swap_in([(4, 1), (0, 3)])
+        data[:, :, [1, 3]] = host[:, :, [4, 0]]
+        cache.copy_blocks([(1, 5), (5, 2)])
+        data[:, :, [5, 2]] = data[:, :, [1, 5]]
+        assert_same_bits(cache.data, data)
+        for move in cache.copy_blocks, cache.swap_out, cache.swap_in:
+            move([])
+        assert_same_bits(cache.data, data)
 
     def test_pools_of_more_than_2_to_the_31_elements(self):
         """The memory is only asked for: of a pool of 2^31 elements and some, three blocks are touched."""
@@ -184,15 +212,15 @@ class TestKernels:
                                                         table_dtype=torch.int32)
         far = {block: blocks - 1 - i for i, block in enumerate(sum(tables, []))}
         for block, to in far.items():
-            kernels.copy_blocks(data, [(0, to)])
+            triton_blocks.copy_blocks(data, [(0, to)])
             positions = torch.arange(to * 16, to * 16 + 16)
-            kernels.reshape_and_cache(keys[block], values[block], *data[0], positions)
+            triton_blocks.reshape_and_cache(keys[block], values[block], *data[0], positions)
             assert_same_bits(data[0, :, to], torch.stack([keys[block], values[block]]))
         expected = kernels.attend(query, keys, values, batch, 0.125)
         batch.block_tables = torch.tensor([[far.get(block, 0) for block in table] for table in
                                            batch.block_tables.tolist()], dtype=torch.int32)
         assert torch.equal(kernels.attend(query, *data[0], batch, 0.125), expected)
-        assert_same_bits(kernels.gather_blocks(data, [blocks - 1])[0, 0, 0], data[0, 0, blocks - 1])
+        assert_same_bits(triton_blocks.gather_blocks(data, [blocks - 1])[0, 0, 0], data[0, 0, blocks - 1])
 
     def test_the_split_fills_the_gpu_and_no_more(self):
         assert kernels.parts_of(32 * 40, 4096, 108) == 1, "a large batch fills it already"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InvalidConfig
+from ..memory.cache import PLAIN, BlockMoves
 from ..memory.table import translate
 from . import cpu, eager
 
@@ -49,12 +50,15 @@ class Backend:
         For the trace.
     write, attend : Callable
         The contract of this module.
+    moves : BlockMoves
+        What copies and swaps blocks.
     """
 
     name: str
     reason: str
     write: Callable[..., None]
     attend: Callable[..., torch.Tensor]
+    moves: BlockMoves = PLAIN
 
 
 def choose_backend(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int) -> Backend:
@@ -68,10 +72,10 @@ def choose_backend(name: str, device: torch.device, head_dim: int, dtype: torch.
     if name in ("auto", "triton"):
         problem = _triton_problem(device, head_dim, dtype, block_size)
         if problem is None and (name == "triton" or device.type == "cuda"):
-            from . import triton_kernels  # only where it is used: not every platform has Triton
+            from . import triton_blocks, triton_kernels  # only where they are used: not every platform has Triton
 
             return Backend("triton", f"triton: {'asked for' if name == 'triton' else 'the device is a GPU'}",
-                           triton_kernels.reshape_and_cache, triton_kernels.attend)
+                           triton_blocks.reshape_and_cache, triton_kernels.attend, triton_blocks.MOVES)
         if name == "triton":
             raise InvalidConfig(f"attention is 'triton', but {problem}; give auto, cpu or eager")
         why = "the device is a CPU" if device.type == "cpu" else problem
