@@ -90,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--against", choices=["transformers"], help="run its generate and its continuous batching too")
     command.add_argument("--rounds", type=_count, default=3, metavar="N", help="runs of each (default: 3)")
     command.add_argument("--requests", type=_count, default=32, metavar="N", help="default: 32")
+    command.add_argument("--gpu", action="store_true", help="instead of these: Figures 18 and 19a on this GPU, kernel "
+                         "by kernel, in OPT-13B's shape; takes no other option")
 
     command = commands.add_parser("kernels", help="what the compiler makes of the Triton kernels; needs no GPU")
     command.set_defaults(run=kernels)
@@ -175,6 +177,11 @@ def view(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Print how fast the engine serves the benchmark's requests."""
+    if args.gpu:
+        from .bench.gpu import gpu_bench
+
+        print(gpu_bench())
+        return 0
     from .bench import SHARES, bench as run
 
     print(run(args.model, args.dtype, [args.pool] if args.pool else list(SHARES), args.against is not None,

@@ -70,15 +70,17 @@ class Minipaged:
         For the table.
     blocks : int
         In the device pool.
+    block_size : int
+        Tokens of a block.
     """
 
     name = "minipaged"
 
-    def __init__(self, source: str, dtype: str, pool: str, blocks: int) -> None:
+    def __init__(self, source: str, dtype: str, pool: str, blocks: int, block_size: int = BLOCK_SIZE) -> None:
         from .. import LLM
 
         self.pool, self.blocks = pool, blocks
-        self.llm = LLM(source, dtype=dtype, block_size=BLOCK_SIZE, num_gpu_blocks_override=blocks, audit=False)
+        self.llm = LLM(source, dtype=dtype, block_size=block_size, num_gpu_blocks_override=blocks, audit=False)
 
     def run(self, load: Workload) -> Run:
         """All requests at once, greedy, each to its full length."""
