@@ -165,6 +165,18 @@ def states(events: Iterable[Event]) -> Iterator[tuple[Event, MemoryState]]:
         yield event, state
 
 
+def until_run(here: list[Event]) -> int:
+    """How many of an iteration's events come before its new tokens: what the memory held while the model ran.
+
+    After them, sequences fork, end and are freed.
+    """
+    for number, event in enumerate(here):
+        if isinstance(event, (Fork, Sample, Finish)):
+            before = here[number - 1] if number else None  # who ends has given up its blocks just before
+            return number - (isinstance(event, Finish) and isinstance(before, Free) and before.seq == event.seq)
+    return len(here)
+
+
 def replay(events: Iterable[Event], step: int | None = None) -> MemoryState:
     """The state after ``step`` iterations (None: after all events).
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
+
 from minipaged import LLM, SamplingParams, Trace
 from minipaged import trace as ev
+from minipaged.scheduler import Scheduler, SchedulerOutputs
 
 NASTY = ["<img src=x onerror=alert(1)>", "</script>", "]]>", "\n", "\r", "\t", "\x00\x1b[31m", " a  b ", "&amp;",
          "'\"><", "\u202eabc", "\ud800", "\u0301", "日本語", "", "\\n", "x" * 500, "\ufffe", "| free |"]
@@ -74,3 +77,35 @@ def small_pool_run() -> Run:
             run.tables.append({seq: list(table.blocks) for seq, table in held.items()})
             run.num_tokens.append({seq: table.num_tokens for seq, table in held.items()})
     return run
+
+
+class Witness:
+    """What the engine itself does in each iteration, noted beside its trace, by which the pictures are judged.
+
+    Attributes
+    ----------
+    did : list[dict[int, str]]
+        Per iteration, request to the letter of `minipaged.views.timeline.MEANING` for what its scheduler decided.
+    device, host : list[int]
+        Per iteration, blocks in use by the allocators when the model is about to run.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.did: list[dict[int, str]] = []
+        self.device: list[int] = []
+        self.host: list[int] = []
+        known, schedule = set(), Scheduler.schedule
+
+        def watched(scheduler: Scheduler) -> SchedulerOutputs:
+            waited = {group.request_id for group in scheduler.waiting}
+            out = schedule(scheduler)
+            ran = {group.request_id for group, _ in out.scheduled}
+            did = {request: "D" if request not in waited else "R" if request in known else "P" for request in ran}
+            known.update(ran)
+            did |= {group.request_id: "w" for group in scheduler.waiting}
+            self.did.append(did | {group.request_id: "S" for group in scheduler.swapped})
+            for used, pool in ((self.device, scheduler.manager.device), (self.host, scheduler.manager.host)):
+                used.append(pool.num_blocks - pool.num_free)
+            return out
+
+        monkeypatch.setattr(Scheduler, "schedule", watched)

@@ -11,14 +11,16 @@ from ..replay import MemoryState
 from ..trace import Event, Trace
 from . import svg as _svg
 from . import text as _text
+from . import timeline as _timeline
 from .frame import frame_of
+from .html import check, events_of
 from .reservation import Reservation, reservation_svg, reservation_text
 from .walk import Walk
 from .walk import text as _walk_text
 from .walk_svg import render as _walk_svg
 
 __all__ = ["AttentionWalk", "Microscope", "View", "attention_walk", "memory_view", "microscope", "reservation_view",
-           "walk_view"]
+           "timeline_view", "walk_view"]
 
 
 def __getattr__(name: str) -> Any:
@@ -76,6 +78,27 @@ def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None 
     """
     frame = frame_of(source.events if isinstance(source, Trace) else source, step)
     return View(_text.render(frame), _svg.render(frame))
+
+
+def timeline_view(source: Trace | Iterable[Event] | str | Path) -> View:
+    """What each request does in each iteration (waits, prefill, decodes, swapped out, recomputed, §4.5), below the
+    blocks in use while the model ran.
+
+    Many iterations are put together to columns, and of many requests it is shown how many do what.
+
+    Parameters
+    ----------
+    source : Trace, events, or the path of a trace file
+        Of a trace that goes on, what has happened so far.
+
+    Raises
+    ------
+    TraceError
+        The file or the events are no whole trace.
+    """
+    events = events_of(source)
+    check(events)
+    return View(*_timeline.render(_timeline.timeline_of(events)))
 
 
 def reservation_view(used: int, future: int, reserved: int, block_size: int, bytes_per_token: int) -> View:

@@ -130,14 +130,14 @@ def labels(state: MemoryState) -> dict[int, str]:
     of_request: dict[int, list[int]] = {}
     for seq, request in state.request_of.items():
         of_request.setdefault(request, []).append(seq)
-    return {seq: _letters(request) + (str(index) if len(seqs) > 1 else "")
+    return {seq: letters(request) + (str(index) if len(seqs) > 1 else "")
             for request, seqs in of_request.items() for index, seq in enumerate(seqs, 1)}
 
 
-def _letters(number: int) -> str:
+def letters(number: int) -> str:
     """A … Z, AA, AB, … as a spreadsheet names its columns."""
     rest, last = divmod(number, 26)
-    return (_letters(rest - 1) if rest else "") + chr(ord("A") + last)
+    return (letters(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
 def next_token(state: MemoryState, seq: int) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import html
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 from operator import attrgetter
@@ -17,16 +17,22 @@ from typing import Any
 from ..errors import TraceError
 from ..replay import states
 from ..trace import Add, Event, Sample, Start, Trace, load
-from . import svg
+from . import svg, text, timeline
 from .frame import frame_of, visible
 
 _STATIC = Path(__file__).parent / "static"
+
+# The views behind the tabs: what each shows of a trace after a step where nothing can run, as (text, SVG).
+STILLS: dict[str, Callable[[list[Event], int], tuple[str, str]]] = {
+    "memory": lambda events, step: (text.render(frame_of(events, step)), svg.render(frame_of(events, step))),
+    "timeline": lambda events, step: timeline.render(timeline.timeline_of(events)),
+}
 
 # In the file there is no kernel and no JupyterLab: a model that only remembers what it is told is enough.
 _STUB = """
 const page = JSON.parse(document.getElementById("trace").textContent), listeners = new Map();
 const model = {
-  values: { step: page.step, data: Uint8Array.from(atob(page.data), (char) => char.charCodeAt(0)) },
+  values: { step: page.step, pane: page.pane, data: Uint8Array.from(atob(page.data), (char) => char.charCodeAt(0)) },
   get(name) { return this.values[name]; },
   set(name, value) {
     if (this.values[name] === value) return;
@@ -44,15 +50,15 @@ render({ model, el: document.getElementById("view") });
 @cache
 def script() -> str:
     """The JavaScript of the view, one ES module."""
-    replay, fixed, view = (
-        (_STATIC / name).read_text("utf-8") for name in ("replay.js", "microscope.html", "microscope.js"))
-    return f"{replay}\nconst FIXED = {json.dumps(fixed)};\n\n{view}"
+    fixed = f"const FIXED = {json.dumps((_STATIC / 'microscope.html').read_text('utf-8'))};\n"
+    parts = ("replay.js", "panes.js", "timeline.js", "microscope.js")
+    return "\n".join([fixed, *((_STATIC / name).read_text("utf-8") for name in parts)])
 
 
 @cache
 def style() -> str:
     """The style sheet of the view; all of its names begin with ``mp``."""
-    return (_STATIC / "microscope.css").read_text("utf-8")
+    return "".join((_STATIC / name).read_text("utf-8") for name in ("microscope.css", "panes.css"))
 
 
 def events_of(source: Trace | Iterable[Event] | str | Path) -> list[Event]:
@@ -96,6 +102,18 @@ def check(events: list[Event]) -> tuple[int, int]:
     return max(held), max((step for step, busy in held.items() if busy), default=max(held))
 
 
+def check_pane(pane: str) -> None:
+    """Refuse a view that there is not.
+
+    Raises
+    ------
+    TraceError
+        With those that there are.
+    """
+    if pane not in STILLS:
+        raise TraceError(f"there is no view {pane!r}; choose one of {', '.join(STILLS)}")
+
+
 def encode(events: Iterable[Event]) -> bytes:
     """The events as `static/replay.js` reads them: ``{"texts": […], "steps": [[[kind, …], …], …]}``, compressed.
 
@@ -127,9 +145,9 @@ def encode(events: Iterable[Event]) -> bytes:
     return zlib.compress(packed.encode("utf-8"), 9)
 
 
-def page(events: list[Event], step: int) -> str:
+def page(events: list[Event], step: int, pane: str) -> str:
     """The whole file. Everything from the trace is in it as base64, and once, escaped, as the still picture."""
-    trace = json.dumps({"step": step, "data": base64.b64encode(encode(events)).decode("ascii")})
+    trace = json.dumps({"step": step, "pane": pane, "data": base64.b64encode(encode(events)).decode("ascii")})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -145,7 +163,7 @@ body {{ margin: 0; }}
 </head>
 <body class="mp-page">
 <main id="view"></main>
-<noscript>{svg.render(frame_of(events, step))}</noscript>
+<noscript>{STILLS[pane](events, step)[1]}</noscript>
 <script type="application/json" id="trace">{trace}</script>
 <script type="module">
 {script()}
@@ -155,10 +173,12 @@ body {{ margin: 0; }}
 """
 
 
-def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: int | None = None) -> None:
+def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: int | None = None,
+         pane: str = "memory") -> None:
     """Write the microscope as one file that works from the disk; parameters and errors as in `microscope`."""
     events = events_of(source)
     last, busy = check(events)
+    check_pane(pane)
     if step is not None and not 0 <= step <= last:
         raise TraceError(f"step {step}: this trace has the steps 0 to {last}")
-    Path(path).write_text(page(events, busy if step is None else step), encoding="utf-8")
+    Path(path).write_text(page(events, busy if step is None else step, pane), encoding="utf-8")

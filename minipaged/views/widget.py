@@ -15,8 +15,7 @@ from IPython import get_ipython
 
 from ..errors import TraceError
 from ..trace import Event, Trace
-from . import html, svg, text
-from .frame import frame_of
+from . import html
 
 # Where views were made -> in which run, the views, and their source, so that no other object gets its id.
 _open: dict[object, tuple[str | None, list[anywidget.AnyWidget], object]] = {}
@@ -29,7 +28,7 @@ class Microscope(anywidget.AnyWidget):
     ----------
     events : list[Event]
         A whole trace, as far as it has come, in the order of its steps.
-    step : int or None
+    step, pane : int or None, str
         As in `microscope`.
 
     Attributes
@@ -38,16 +37,20 @@ class Microscope(anywidget.AnyWidget):
         The iteration that is shown. It may be set; a step that the trace does not have is a `TraceError`.
     last : int
         The last one.
+    pane : str
+        The view that is open. It may be set.
     """
 
     _esm, _css = html.script(), html.style()  # as text: of a path, anywidget would keep every view alive
     data = traitlets.Bytes().tag(sync=True)
     step = traitlets.Int(0).tag(sync=True, echo_update=False)  # the browser need not be told what it said
 
-    def __init__(self, events: list[Event], step: int | None = None) -> None:
+    pane = traitlets.Unicode("memory").tag(sync=True, echo_update=False)
+
+    def __init__(self, events: list[Event], step: int | None = None, pane: str = "memory") -> None:
         self.events = events
         self.last, busy = html.check(events)
-        super().__init__(data=html.encode(events), step=busy if step is None else step)
+        super().__init__(data=html.encode(events), step=busy if step is None else step, pane=pane)
 
     @traitlets.validate("step")
     def _exists(self, proposal: dict[str, Any]) -> int:
@@ -56,9 +59,14 @@ class Microscope(anywidget.AnyWidget):
             raise TraceError(f"step {step}: this trace has the steps 0 to {self.last}")
         return step
 
+    @traitlets.validate("pane")
+    def _is_drawn(self, proposal: dict[str, Any]) -> str:
+        html.check_pane(proposal["value"])
+        return proposal["value"]
+
     def to_html(self, path: str | Path) -> None:
         """Write the view, at this step, as one file that works from the disk without any request."""
-        html.save(self.events, path, self.step)
+        html.save(self.events, path, self.step, self.pane)
 
     def close(self) -> None:
         """Take the view out of the notebook."""
@@ -66,16 +74,19 @@ class Microscope(anywidget.AnyWidget):
         super().close()
 
     def __repr__(self) -> str:
-        return text.render(frame_of(self.events, self.step))
+        return self._still()[0]
+
+    def _still(self) -> tuple[str, str]:
+        return html.STILLS[self.pane](self.events, self.step)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        still = svg.render(frame_of(self.events, self.step))
-        return {**data, "text/plain": repr(self), "image/svg+xml": still}, metadata
+        text, svg = self._still()
+        return {**data, "text/plain": text, "image/svg+xml": svg}, metadata
 
 
 def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = None,
-               name: str | None = None) -> Microscope:
+               name: str | None = None, pane: str = "memory") -> Microscope:
     """Look at a trace: step, scrub and jump through it, and ask each block and each sequence.
 
     A view that this one replaces is closed: that of the same name; without a name, those that an earlier run of the
@@ -89,13 +100,15 @@ def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = 
         Where to begin; None: the last iteration after which a block was in use.
     name : str or None
         For one view that moves from cell to cell.
+    pane : str
+        The view that is open at first: "memory" or "timeline".
 
     Raises
     ------
     TraceError
-        The file or the events are no whole trace, or have no such step.
+        The file or the events are no whole trace, or have no such step, or there is no such view.
     """
-    return keep(Microscope(html.events_of(source), step), source, name)
+    return keep(Microscope(html.events_of(source), step, pane), source, name)
 
 
 Kept = TypeVar("Kept", bound=anywidget.AnyWidget)

@@ -100,12 +100,15 @@ function show(root, model, replay, fail) {
   }
   const KEYS = { ".": () => go(here() + 1), ",": () => go(here() - 1), "<": () => go(0), ">": () => go(replay.last),
     " ": () => play(!timer), c: (back) => jump("copy", back), p: (back) => jump("preempt", back),
-    s: (back) => jump("swap", back), escape: () => { chosen = hovered = null; paint(); } };
+    s: (back) => jump("swap", back), 1: () => panes.number(1), 2: () => panes.number(2), 3: () => panes.number(3),
+    escape: () => { chosen = hovered = null; paint(); } };
   root.addEventListener("keydown", (event) => {
     const at = event.target, key = event.key.toLowerCase(), thing = at.closest("[data-go]");
     event.stopPropagation();
     if (event.ctrlKey || event.metaKey || event.altKey || at.tagName === "SELECT") return;
-    if (thing && key.startsWith("arrow")) walk(thing, key);
+    const along = thing?.closest("[data-steps]") && { arrowleft: -1, arrowright: 1 }[key];
+    if (along) go(here() + along);
+    else if (thing && key.startsWith("arrow")) walk(thing, key);
     else if (KEYS[key] && !(key === " " && at.tagName === "BUTTON")) KEYS[key](event.shiftKey);
     else return;
     event.preventDefault();
@@ -122,7 +125,10 @@ function show(root, model, replay, fail) {
     const button = event.target.closest("button");
     if (button?.dataset.key) KEYS[button.dataset.key](event.shiftKey);
     else if (button?.dataset.step) go(Number(button.dataset.step));
-    else if (details.contains(button) && button.dataset.go) now.places.get(button.dataset.go).focus();
+    else if (details.contains(button) && button.dataset.go) {
+      if (!now.places.has(button.dataset.go)) panes.choose("memory");
+      now.places.get(button.dataset.go).focus();
+    }
     else if (thingOf(event)) { chosen = thingOf(event); paint(); }
   });
   root.addEventListener("focusin", (event) => {
@@ -149,7 +155,7 @@ function show(root, model, replay, fail) {
     const step = here(), moved = step !== now?.step, had = root.contains(document.activeElement);
     state = replay.at(step);
     const of = (kind) => replay.steps[step].filter((event) => event[0] === kind).map((event) => event.slice(1));
-    now = { step, of, queues: state.queues(), readers: state.readers(), marks: new Map(), places: new Map(),
+    now = { step, moved, of, queues: state.queues(), readers: state.readers(), marks: new Map(), places: new Map(),
       written: new Map(of("write").map(([seq, ...range]) => [seq, range])),
       moves: [...of("copy").map(([, , src, dst]) => [`device ${src}`, `device ${dst}`, "copy"]),
         ...of("swap_out").flatMap(([, pairs]) => pairs.map(([a, b]) => [`device ${a}`, `host ${b}`, "swap out"])),
@@ -158,7 +164,7 @@ function show(root, model, replay, fail) {
     for (const place of freed) if (!now.readers.has(place)) now.marks.set(place, "src");
     for (const [, , block] of of("allocate")) now.marks.set(`device ${block}`, "dst");
     for (const [from, to] of now.moves) now.marks.set(from, "src").set(to, "dst");
-    const drawn = { device: blocksOf("device"), host: blocksOf("host") };
+    const drawn = now.drawn = { device: blocksOf("device"), host: blocksOf("host") };
     now.detailed = (drawn.device.length + drawn.host.length) * Math.ceil(state.size / SLOTS_PER_ROW) <= MAX_ROWS;
     now.shown = hovered ?? chosen ?? (now.detailed ? null : `seq ${now.queues.running[0] ?? now.queues.swapped[0]}`);
 
@@ -167,6 +173,16 @@ function show(root, model, replay, fail) {
     find("step").textContent = `step ${step} of ${replay.last}`;
     find("cursor").setAttribute("x", x(step));
     if (moved) said.textContent = told(state, of);
+    panes.draw(now);
+    state = replay.at(step); // a pane may have looked at other steps
+    drawDetails();
+    for (const panel of root.querySelectorAll("[data-panel]")) {
+      if (!panel.querySelector('[tabindex="0"]')) panel.querySelector("[data-go]")?.setAttribute("tabindex", "0");
+    }
+    if (had && !root.contains(document.activeElement)) slider.focus({ preventScroll: true }); // what had it is gone
+  }
+
+  function drawMemory({ moved, drawn }) {
     for (const [queue, seqs] of Object.entries(now.queues)) {
       boxes[queue].hidden = !seqs.length && (queue === "prefix" || (queue === "swapped" && !replay.jumps.swap.length));
       boxes[queue].firstChild.textContent = `${QUEUES[queue]}: ${seqs.length}`;
@@ -180,12 +196,7 @@ function show(root, model, replay, fail) {
         + `${plural(state.size, "slot")} each` + (rest ? `; ${rest} not drawn, as this trace never uses them` : "");
       keyed(boxes[pool].lastChild, blocks, (block) => block, (block) => newBlock(`${pool} ${block}`), drawBlock);
     }
-    drawDetails();
     drawLinks(moved);
-    for (const panel of root.querySelectorAll("[data-panel]")) {
-      if (!panel.querySelector('[tabindex="0"]')) panel.querySelector("[data-go]")?.setAttribute("tabindex", "0");
-    }
-    if (had && !root.contains(document.activeElement)) slider.focus({ preventScroll: true }); // what had it is gone
   }
 
   function blocksOf(pool) {
@@ -265,9 +276,10 @@ function show(root, model, replay, fail) {
 
   // ---- what one block or one sequence has to say ----------------------------------------------------------------
   function drawDetails() {
-    const [kind, number] = (now.shown ?? "").split(" ");
-    if (state.total[kind] !== undefined) blockDetails(now.shown, now.readers.get(now.shown) ?? []);
-    else if (state.length.has(Number(number))) sequenceDetails(Number(number));
+    const [kind, number] = (now.shown ?? "").split(" "), told = panes.tell(now.shown);
+    if (told) details.replaceChildren(...told);
+    else if (state.total[kind] !== undefined) blockDetails(now.shown, now.readers.get(now.shown) ?? []);
+    else if (kind === "seq" && state.length.has(Number(number))) sequenceDetails(Number(number));
     else details.replaceChildren(make("p", {}, chosen ? "This sequence is not there in this step."
       : "Point at a block or a sequence, or go there with Tab and the arrow keys: what is known of it appears here."));
   }
@@ -354,12 +366,19 @@ function show(root, model, replay, fail) {
     button.append(make("small", {}, ` ${steps.length}`));
     button.disabled = !steps.length;
   });
-  const sized = new ResizeObserver(() => drawLinks(false));
-  body.addEventListener("scroll", () => drawLinks(false), { capture: true, passive: true });
-  model.on("change:step", paint);
+  const relink = () => { if (panes.open() === "memory") drawLinks(false); };
+  const sized = new ResizeObserver(relink);
+  body.addEventListener("scroll", relink, { capture: true, passive: true });
+  const panes = tabs(root, model, { replay, go, choose: (name) => panes.choose(name) }, drawMemory);
+  for (const trait of ["step", "pane"]) model.on(`change:${trait}`, paint);
   paint();
   sized.observe(body);
-  return () => { play(false); clearTimeout(sync); sized.disconnect(); model.off("change:step", paint); };
+  return () => {
+    play(false);
+    clearTimeout(sync);
+    sized.disconnect();
+    for (const trait of ["step", "pane"]) model.off(`change:${trait}`, paint);
+  };
 }
 
 /** What an event did to a block, in words. */
