@@ -31,7 +31,8 @@ FIGURE_2 = {"max": (20.410, 13.349, 57.298, 8.943), "pow2": (26.849, 17.884, 13.
 
 
 def request(number: int, prompt: int, output: int, n: int = 1) -> SequenceGroup:
-    return SequenceGroup(number, [Sequence(number, [0] * prompt, prompt)], SamplingParams(n=n), None, prompt + output, 0)
+    seq = Sequence(number, [0] * prompt, prompt)
+    return SequenceGroup(number, [seq], SamplingParams(n=n), None, prompt + output, 0)
 
 
 def scheduler(kind: str, num_blocks: int = BLOCKS, block_size: int = 16, max_len: int = 2048) -> Scheduler:

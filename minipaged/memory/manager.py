@@ -146,6 +146,8 @@ class BlockSpaceManager(Shown):
 
     def can_append_slots(self, groups: list["SequenceGroup"]) -> bool:
         """Whether each sequence of these groups can take one more token now."""
+        if sum(len(group.seqs) for group in groups) <= self.device.num_free:
+            return True  # a token takes one block at most
         tables = [self._tables(group) for group in groups]
         return sum(self._blocks_to_append(each, self.device) for each in tables) <= self.device.num_free
 

@@ -42,9 +42,9 @@ def table_1(_: dict[Any, Any]) -> Sheet:
         Stacks("GPU memory, as the table has it", "%", ("parameters", "KV cache", "others"), split, GIVEN),
         Bars("KV cache slots", "thousands", {n.what.split()[3].strip(","): n for n in numbers.values()})],
         list(numbers.values()),
-        ["The memory for them is what the artifact's formula leaves: 95 % of the GPUs, less parameters, activations and "
-         "1 GiB each: 12.0, 21.2 and 263.9 GiB. The table rounds these to 12, 21 and 264 GB; 9.7K slots of OPT-66B do "
-         "not fit in 21."])
+        ["The memory for them is what the artifact's formula leaves: 95 % of the GPUs, less parameters, activations "
+         "and 1 GiB each: 12.0, 21.2 and 263.9 GiB. The table rounds these to 12, 21 and 264 GB; 9.7K slots of OPT-66B "
+         "do not fit in 21."])
 
 
 # ---- Figure 1 --------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def figure_1(found: dict[Any, float]) -> Sheet:
         Curves("Memory in use", "running requests", "GB", ours, paper, COUNTED, top=48),
         Curves("Throughput", "running requests", "tokens/s", {"Throughput": throughput}, rates, basis)], numbers,
         ["Existing systems reserve 2048 slots per request; 2048 x 800 KiB = 1.68 GB.",
-         f"Throughput: each request reads {context:.0f} tokens, which is what the paper's memory panel holds for each."])
+         f"Throughput: each request reads {context:.0f} tokens, as many as the paper's memory panel holds for it."])
 
 
 # ---- Figure 2 --------------------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ class Engine:
     per_sequence: float
 
 
-# The paper's Orcas and vLLM are one engine (§6.1). Fitted: per layer, Figure 1's throughput, drawn on to no request; per
-# hop, vLLM's first two points in Figure 12b; per sequence, vLLM's first point in Figure 12d.
+# The paper's Orcas and vLLM are one engine (§6.1). Fitted: per layer, Figure 1's throughput, drawn on to no request;
+# per hop, vLLM's first two points in Figure 12b; per sequence, vLLM's first point in Figure 12d.
 VLLM = Engine(0.1325 * MS, 0.071 * MS, 0.335 * MS)
 # Fitted, with WEIGHTS: FasterTransformer's first points in Figure 12a, b and c.
 FASTER_TRANSFORMER = Engine(0.0, 0.034 * MS, 0.0)

@@ -167,7 +167,7 @@ class ContinuousBatching:
         return child
 
     def _beam_step(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
-        """As in the engine: a beam's first child continues it, further ones fork it, one without children is dropped."""
+        """As in the engine: its first child continues a beam, further ones fork it, one without any is dropped."""
         if len(seqs[0].token_ids) + 1 == group.max_len:
             return
         parents = self.beams(group.request_id, seqs[0].num_generated)
