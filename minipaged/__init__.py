@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from . import errors
@@ -19,6 +20,11 @@ from .trace import Trace
 __version__ = "0.1.0"
 __all__ = ["LLM", "BeamSearchOutput", "BeamSearchParams", "Chaos", "CompletionOutput", "EngineConfig", "RequestOutput",
            "SamplingParams", "Trace", "errors"]
+
+# On Linux PyTorch's threads spin while they wait for the next product, by default for milliseconds: time that the thread
+# they wait for may need, or another process. Read when torch is imported, so said before.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # These bring torch along, which takes a second; it is imported when first needed.
 _LAZY = {"LLM": ".llm", "RequestOutput": ".outputs", "CompletionOutput": ".outputs", "BeamSearchOutput": ".outputs"}

@@ -72,7 +72,8 @@ class LLMEngine:
         self.trace.emit(ev.Start, schema=ev.SCHEMA, model=config.model, block_size=config.block_size,
                    num_blocks=self.runner.num_gpu_blocks, num_host_blocks=self.runner.num_cpu_blocks,
                    max_model_len=self.max_model_len, bytes_per_token=self.runner.bytes_per_token,
-                   attention=self.runner.backend.name, attention_reason=self.runner.backend.reason)
+                   attention=self.runner.backend.name,
+                   attention_reason=f"{self.runner.backend.reason}; {self.runner.linears}")
 
     # ---- requests --------------------------------------------------------------------------------------------
 

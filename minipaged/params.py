@@ -184,7 +184,8 @@ class EngineConfig:
     device : str
         "auto", "cpu", "cuda", "cuda:1", …
     attention : str
-        "auto", "eager" (Eq. 4 as written), "cpu" (plain PyTorch) or "triton"; "auto" is "triton" on a GPU.
+        "auto", "eager" (Eq. 4 as written), "torch" (plain PyTorch), "cpu" (compiled) or "triton"; "auto" is "triton"
+        on a GPU and "cpu" on a CPU.
     enable_prefix_caching : bool
         Find the full blocks of earlier prompts and outputs again, instead of computing them anew (§4.4).
     preemption_mode : "swap", "recompute" or None
@@ -216,7 +217,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     seed: int = 0
     device: str = "auto"
-    attention: Literal["auto", "eager", "cpu", "triton"] = "auto"
+    attention: Literal["auto", "eager", "torch", "cpu", "triton"] = "auto"
     enable_prefix_caching: bool = False
     preemption_mode: Literal["swap", "recompute"] | None = None
     preemption_policy: Callable[[list[SequenceGroup]], tuple[SequenceGroup, str | None]] | None = None
@@ -231,8 +232,8 @@ class EngineConfig:
             (self.swap_space >= 0, f"swap_space is {self.swap_space}; give GiB, 0 for none"),
             (self.dtype in ("auto", "float32", "float16", "bfloat16"),
              f"dtype is {self.dtype!r}; give auto, float32, float16 or bfloat16"),
-            (self.attention in ("auto", "eager", "cpu", "triton"),
-             f"attention is {self.attention!r}; give auto, eager, cpu or triton"),
+            (self.attention in ("auto", "eager", "torch", "cpu", "triton"),
+             f"attention is {self.attention!r}; give auto, eager, torch, cpu or triton"),
             (self.preemption_mode in ("swap", "recompute", None),
              f"preemption_mode is {self.preemption_mode!r}; give swap, recompute or None"),
             *((value is None or value >= 1, f"{name} is {value}; give 1 or more") for name, value in vars(self).items()

@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import attention
-from .errors import InvalidConfig, MissingWeights, UnknownModel, UnsupportedModel
+from .backends import choose_backend
+from .errors import InvalidConfig
+from .linears import pack_linears
+from .loading import load_config, load_model, pick_device, pick_dtype
 from .memory.cache import KVCache
 from .memory.table import translate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
     from .memory.table import BlockTable
     from .params import EngineConfig
     from .sequence import Sequence
 
-FAMILIES = ("opt", "llama", "qwen2", "qwen3")
-BUNDLED = {"tiny-opt": Path(__file__).parent / "tiny_opt"}
 GIB = 1 << 30
-
-
-def load_config(name: str) -> tuple[str, "PreTrainedConfig"]:
-    """Find a model and read its configuration, before anything large is touched.
-
-    Parameters
-    ----------
-    name : str
-        ``"tiny-opt"``, a folder, or a name on the Hugging Face hub.
-
-    Returns
-    -------
-    (source, config)
-        ``source`` is what ``from_pretrained`` takes.
-
-    Raises
-    ------
-    UnknownModel
-        Neither of them.
-    MissingWeights
-        A folder without a weights file.
-    UnsupportedModel
-        Another architecture than OPT, Llama, Qwen2 and Qwen3, or one of these with sliding-window attention.
-    """
-    from transformers import AutoConfig
-
-    source = str(BUNDLED.get(name, name))
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
-        raise MissingWeights(f"the folder {source!r} holds no *.safetensors or *.bin; "
-                             "write the model into it with save_pretrained")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UnknownModel(f"no model {name!r}: give {', '.join(map(repr, BUNDLED))}, a folder with config.json and "
-                           f"weights, or a name on the Hugging Face hub ({error})") from error
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModel(f"{name!r} is of type {config.model_type!r}, whose attention the block table has not "
-                               f"been checked with; supported are {', '.join(FAMILIES)}")
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        raise UnsupportedModel(f"{name!r} has layers with sliding-window attention; the paper's block tables keep "
-                               "every token, so give a model with full attention in all layers")
-    return source, config
 
 
 class ModelRunner:
@@ -85,8 +38,10 @@ class ModelRunner:
         The model's end-of-sequence tokens.
     num_gpu_blocks, num_cpu_blocks : int
         Blocks in the device and in the host pool.
-    backend : attention.Backend
+    backend : Backend
         What computes attention, and why.
+    linears : str
+        What computes the linear layers, and why.
 
     Raises
     ------
@@ -99,8 +54,8 @@ class ModelRunner:
 
     def __init__(self, config: "EngineConfig") -> None:
         source, self.hf_config = load_config(config.model)
-        self.device = _pick_device(config.device)
-        self.dtype = _pick_dtype(config.dtype, self.hf_config, self.device)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.hf_config, self.device)
         longest = self.hf_config.max_position_embeddings
         self.max_model_len = config.max_model_len or longest
         if self.max_model_len > longest:
@@ -108,9 +63,9 @@ class ModelRunner:
         self.vocab_size = self.hf_config.vocab_size
         heads = self.hf_config.num_attention_heads
         self.head_dim = getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // heads
-        self.backend = attention.choose_backend(config.attention, self.device, self.head_dim, self.dtype,
-                                                config.block_size)
-        self.model, self.tokenizer = _load(source, self.dtype, self.device)
+        self.backend = choose_backend(config.attention, self.device, self.head_dim, self.dtype, config.block_size)
+        self.model, self.tokenizer = load_model(source, self.dtype, self.device)
+        self.linears = pack_linears(self.model)
         eos = self.model.generation_config.eos_token_id
         self.eos_token_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._size_pools(config)
@@ -164,56 +119,6 @@ class ModelRunner:
 
     def _tensor(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def _load(source: str, dtype: torch.dtype, device: torch.device,
-          ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]:
-    from safetensors import SafetensorError
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-
-    AttentionInterface.register("minipaged", attention.paged_attention)
-    with _progress_bars(sys.stderr.isatty() and Path(source) not in BUNDLED.values()):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="minipaged")
-        except (OSError, SafetensorError) as error:
-            raise MissingWeights(f"the weights of {source!r} cannot be read: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        tokenizer = None
-    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
-        tokenizer = None  # transformers made an empty one for a folder that has none
-    return model.to(device).eval(), tokenizer
-
-
-@contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
-    """Let transformers show a bar or not while it loads; in a notebook it would stay in the saved outputs."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
-    try:
-        yield
-    finally:
-        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
-
-
-def _pick_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
-        raise InvalidConfig(f"device {name!r} cannot be used: {error}; give auto, cpu or cuda") from error
-    return device
-
-
-def _pick_dtype(name: str, hf_config: "PreTrainedConfig", device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.float16 if hf_config.dtype in (None, torch.float32) else hf_config.dtype
 
 
 def _free_bytes(device: torch.device, config: "EngineConfig") -> int:

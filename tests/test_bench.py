@@ -11,7 +11,7 @@ from minipaged import LLM, SamplingParams, Trace, cli
 from minipaged.bench import make_field, report
 from minipaged.bench.contenders import ContenderFailed, Minipaged, PaddedGenerate, Run
 from minipaged.bench.workload import Workload, make_checkpoint, make_workload
-from minipaged.runner import load_config
+from minipaged.loading import load_config
 
 SMALL = Workload([[10 + i] * n for i, n in enumerate([30, 3, 17, 20, 33])], [24, 9, 16, 30, 12])
 

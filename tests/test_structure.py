@@ -18,8 +18,9 @@ import minipaged
 
 PACKAGE = Path(minipaged.__file__).parent
 CORE = ("llm", "params", "engine", "scheduler", "sequence", "sampling", "runner", "memory", "attention")
-# Leaves that the core stands on: what comes in and goes out, text, and the steps of samples and beams.
-LEAVES = ("admission", "beam", "chaos", "outputs", "output_processor", "text")
+# Leaves that the core stands on: what comes in and goes out, text, the steps of samples and beams, and how the model is
+# found, loaded and computed.
+LEAVES = ("admission", "backends", "beam", "chaos", "linears", "loading", "outputs", "output_processor", "text")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -146,7 +147,7 @@ def test_the_core_is_small() -> None:
                      for part in (CORE, LEAVES))
     print(f"core {total} lines of code, leaves {leaves}, longest file {longest} of {sources[longest].count(chr(10))}")
     assert total < 1600
-    assert leaves < 400
+    assert leaves < 500
     assert sources[longest].count("\n") <= 300, longest
 
 
@@ -168,8 +169,9 @@ def _definitions(node: ast.AST, public: bool = True) -> Iterator[tuple[Definitio
 
 
 def _is_kernel(node: Definition) -> bool:
-    """Triton compiles these; it reads annotations as its own."""
-    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    """Triton and numba compile these; they read annotations as their own."""
+    compilers = "triton.jit", "overload"
+    return any(name in ast.unparse(decorator) for name in compilers for decorator in node.decorator_list)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

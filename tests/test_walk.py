@@ -121,7 +121,7 @@ def test_the_weights_are_those_that_transformers_computes_itself(checkpoint: Cal
     """In every layer and head, for both sequences, at their newest token and at an earlier one."""
     from transformers import AutoModelForCausalLM
 
-    from minipaged.runner import BUNDLED
+    from minipaged.loading import BUNDLED
 
     source = BUNDLED.get(name, checkpoint(name))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()

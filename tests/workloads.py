@@ -80,7 +80,7 @@ def make_workload(seed: int, vocab_of: Callable[[str], int]) -> Workload:
         prefix = longest[:rng.randint(1, len(longest))]
     settings = dict(block_size=rng.choice((1, 4, 16, 32)), enable_prefix_caching=rng.random() < 0.5,
                     preemption_mode=rng.choice((None, "swap", "recompute")),
-                    attention="eager" if rng.random() < 0.15 else "cpu",
+                    attention=rng.choices(["eager", "torch", "cpu"], [15, 15, 70])[0],
                     chaos=Chaos(rng.choice((0.05, 0.3)), seed=seed) if rng.random() < 0.6 else None)
     return Workload(name, requests, sorted(rng.choice((0, 0, 1, 3, 8)) for _ in requests), prefix,
                     spare_blocks=rng.choice((0, 0, 1, 3, 10, 100)), host_blocks=rng.choice((0, 2, 20, 1000)),

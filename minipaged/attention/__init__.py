@@ -13,22 +13,19 @@ slots, and ``attend(query, keys, values, batch, scale) -> output`` reads them, w
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InvalidConfig
-from ..memory.cache import PLAIN, BlockMoves
 from ..memory.table import translate
-from . import cpu, eager
 
 if TYPE_CHECKING:
+    from ..backends import Backend
     from ..memory.cache import KVCache
+
 
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           rows: torch.Tensor | None) -> None:
@@ -36,61 +33,6 @@ def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: to
     for new, blocks in ((key, keys), (value, values)):
         chosen = new if rows is None else new[rows]
         blocks.flatten(0, 1).index_copy_(0, slots, chosen)  # [slots, kv_heads, head_dim]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What computes attention, and why it was chosen.
-
-    Attributes
-    ----------
-    name : str
-        "eager", "cpu" or "triton".
-    reason : str
-        For the trace.
-    write, attend : Callable
-        The contract of this module.
-    moves : BlockMoves
-        What copies and swaps blocks.
-    """
-
-    name: str
-    reason: str
-    write: Callable[..., None]
-    attend: Callable[..., torch.Tensor]
-    moves: BlockMoves = PLAIN
-
-
-def choose_backend(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int) -> Backend:
-    """The backend asked for; with "auto" Triton on a GPU, if its kernels take this model, else plain PyTorch.
-
-    Raises
-    ------
-    InvalidConfig
-        "triton" was asked for and cannot run here; with the reason.
-    """
-    if name in ("auto", "triton"):
-        problem = _triton_problem(device, head_dim, dtype, block_size)
-        if problem is None and (name == "triton" or device.type == "cuda"):
-            from . import triton_blocks, triton_kernels  # only where they are used: not every platform has Triton
-
-            return Backend("triton", f"triton: {'asked for' if name == 'triton' else 'the device is a GPU'}",
-                           triton_blocks.reshape_and_cache, triton_kernels.attend, triton_blocks.MOVES)
-        if name == "triton":
-            raise InvalidConfig(f"attention is 'triton', but {problem}; give auto, cpu or eager")
-        why = "the device is a CPU" if device.type == "cpu" else problem
-        return Backend("cpu", f"cpu: plain PyTorch, since {why}", write, cpu.attend)
-    return Backend(name, f"{name}: asked for", write, {"eager": eager.attend, "cpu": cpu.attend}[name])
-
-
-def _triton_problem(device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int) -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is not to be had on this platform"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton runs on {device.type} under its interpreter alone, with TRITON_INTERPRET=1"
-    from .triton_kernels import supported
-
-    return supported(head_dim, dtype, block_size)
 
 
 @dataclass
@@ -121,18 +63,31 @@ class PagedBatch:
     write_rows: torch.Tensor | None
     write_slots: torch.Tensor
     cache: "KVCache"
-    backend: Backend
+    backend: "Backend"
+    _slots: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def context_slots(self) -> list[torch.Tensor]:
-        """The slots of each sequence's tokens in order of position, Tensor [context] each; the same in all layers."""
-        block_size = self.cache.block_size
-        slots = []
-        for block_table, context_len in zip(self.block_tables, self.context_lens):
-            position = torch.arange(context_len, device=block_table.device)
-            block, offset = translate(block_table, position, block_size)
-            slots.append(block * block_size + offset)
-        return slots
+    def starts(self) -> list[int]:
+        """Of each sequence the row of its first token among the packed ones, and the number of all rows."""
+        return list(accumulate(self.query_lens, initial=0))
+
+    @cached_property
+    def decodes(self) -> list[int]:
+        """The sequences with one new token."""
+        return [i for i, queries in enumerate(self.query_lens) if queries == 1]
+
+    @cached_property
+    def prompts(self) -> list[int]:
+        """The sequences with several new tokens."""
+        return [i for i, queries in enumerate(self.query_lens) if queries > 1]
+
+    def slots_of(self, i: int) -> torch.Tensor:
+        """The slots of a sequence's tokens in order of position, Tensor [context]; the same in all layers."""
+        if i not in self._slots:
+            position = torch.arange(self.context_lens[i], device=self.block_tables.device)
+            block, offset = translate(self.block_tables[i], position, self.cache.block_size)
+            self._slots[i] = block * self.cache.block_size + offset
+        return self._slots[i]
 
 
 def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

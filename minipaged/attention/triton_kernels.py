@@ -12,7 +12,6 @@ Sums are float32 whatever the cache holds, and addresses have 64 bits: a pool ma
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,10 +182,9 @@ def _plan(batch: "PagedBatch") -> tuple[list[torch.Tensor], int, int]:
     """
     if "triton_plan" not in vars(batch):
         query, context = batch.query_lens, batch.context_lens
-        decodes, prompts = ([i for i, n in enumerate(query) if (n > 1) == prompt] for prompt in (False, True))
-        lists = decodes, prompts, list(accumulate(query, initial=0))[:-1], query, context
+        lists = batch.decodes, batch.prompts, batch.starts[:-1], query, context
         tensors = [torch.tensor(numbers, dtype=torch.int64, device=batch.block_tables.device) for numbers in lists]
-        vars(batch)["triton_plan"] = tensors, max((context[i] for i in decodes), default=0), max(query)
+        vars(batch)["triton_plan"] = tensors, max((context[i] for i in batch.decodes), default=0), max(query)
     return vars(batch)["triton_plan"]
 
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..display import text_table
-from ..runner import load_config
+from ..loading import load_config
 from .contenders import BLOCK_SIZE, Contender, ContinuousBatching, Minipaged, PaddedGenerate, Run
 from .workload import RANDOM, REQUESTS, Workload, make_checkpoint, make_workload
 

@@ -16,7 +16,8 @@ from time import perf_counter
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import Backend, PagedBatch, choose_backend
+from ..attention import PagedBatch
+from ..backends import Backend, choose_backend
 from ..display import text_table
 from ..errors import MinipagedError
 from ..memory.cache import PLAIN, BlockMoves, KVCache
@@ -169,7 +170,7 @@ def block_size_table(shape: Shape, device: torch.device, batch: int = 32, contex
 
 def engine_table(source: str, dtype: str, requests: int = 32, sizes: tuple[int, ...] = BLOCK_SIZES) -> str:
     """Figure 18b, end to end: tokens per second by block size, where memory holds a quarter of what the requests need."""
-    from ..runner import load_config
+    from ..loading import load_config
 
     load = make_workload(load_config(source)[1].vocab_size, requests)
     tokens = max(sum(load.blocks(1)) // 4, max(load.blocks(max(sizes))) * max(sizes))

@@ -1,0 +1,64 @@
+"""A model's linear layers on a CPU, with weights laid out once as oneDNN multiplies them.
+
+`torch.nn.Linear` keeps a weight as it was loaded, and lets the product rearrange it at every call; for the few rows of
+an iteration that decodes, this takes longer than the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class PackedLinear(nn.Module):
+    """`torch.nn.Linear` for inference, [..., in_features] to [..., out_features].
+
+    Parameters
+    ----------
+    linear : Linear
+        The layer that it stands for; its weight is copied into oneDNN's own layout, which cannot be read back.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)  # laid out for about 32 rows
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x times the weight, plus the bias."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module) -> str:
+    """Put a `PackedLinear` in the place of each linear layer, if this PyTorch and this machine can.
+
+    A weight's memory is given back as its copy is made. One that the model uses elsewhere too, as the embedding that is
+    the output layer's weight as well, stays beside the copy.
+
+    Returns
+    -------
+    str
+        How linear layers are computed, and why, for the trace.
+    """
+    parameter = next(model.parameters())
+    if problem := _problem(parameter.device, parameter.dtype):
+        return f"linear layers as PyTorch has them, since {problem}"
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
+    return "linear layers packed by oneDNN"
+
+
+def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why they cannot be packed, or None; a layer is tried, since the operators are PyTorch's private ones."""
+    if device.type != "cpu":
+        return f"the device is no CPU but {device.type}"
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this processor has no products of bfloat16"
+        with torch.inference_mode():
+            PackedLinear(nn.Linear(8, 8, dtype=dtype))(torch.zeros(1, 8, dtype=dtype))
+    except (AttributeError, RuntimeError) as error:
+        return f"this PyTorch does not pack {str(dtype).removeprefix('torch.')} ({str(error).splitlines()[0]})"
+    return None

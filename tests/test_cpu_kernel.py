@@ -1,0 +1,147 @@
+"""The compiled CPU kernel against Eq. 4, and what is chosen where it cannot run."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from batches import TOLERANCE, UGLY, make_batch
+from minipaged import LLM, SamplingParams, Trace, backends
+from minipaged.attention import cpu, eager, plain
+from minipaged.errors import InvalidConfig
+
+DTYPES = torch.float32, torch.bfloat16
+
+
+def check(queries: list[int], contexts: list[int], block_size: int = 16, group: int = 2, kv_heads: int = 1,
+          head_dim: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    query, keys, values, batch, _ = make_batch(queries, contexts, block_size, group, kv_heads, head_dim, dtype, seed)
+    got = cpu.attend(query, keys, values, batch, head_dim ** -0.5)
+    expected = eager.attend(query, keys, values, batch, head_dim ** -0.5)
+    assert got.dtype == dtype and got.shape == query.shape
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.fixture
+def every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is shared out, however small it is, and on a machine with a single core too."""
+    monkeypatch.setattr(cpu, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 8, 13, 16, 32, 64, 256])
+def test_decode_at_block_boundaries(block_size, dtype):
+    check([1] * len(UGLY), UGLY, block_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_heads_that_share_a_kv_head(group, kv_heads):
+    check([1, 1, 12], [5, 70, 40], group=group, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_dims_and_types(head_dim, dtype):
+    check([1, 70, 1, 9], [33, 70, 200, 41], head_dim=head_dim, dtype=dtype, kv_heads=2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_mixed_batches(seed, every_thread):
+    random.seed(2000 + seed)
+    contexts = [random.choice(UGLY) for _ in range(random.randint(1, 8))]
+    queries = [random.choice([1, 1, min(context, random.randint(1, 40)), context]) for context in contexts]
+    check(queries, contexts, block_size=random.choice([1, 5, 16, 64]), group=random.randint(1, 6),
+          kv_heads=random.randint(1, 3), head_dim=random.choice([16, 64, 80, 96]), dtype=random.choice(DTYPES),
+          seed=seed)
+
+
+def test_large_scores_do_not_overflow():
+    """Of whole numbers, so that the scores, thousands, are exact in whatever order a machine adds them up."""
+    query, keys, values, batch, _ = make_batch([1, 1], [90, 50], 16, 2, 1, 64, torch.float32, 0)
+    query, keys = (query * 100).round(), keys.round()
+    torch.testing.assert_close(cpu.attend(query, keys, values, batch, 1.0),
+                               eager.attend(query, keys, values, batch, 1.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_plain_pytorch(dtype):
+    query, keys, values, batch, _ = make_batch([1, 9, 3], [40, 9, 33], 16, 2, 2, 64, dtype, 0)
+    torch.testing.assert_close(plain.attend(query, keys, values, batch, 0.125),
+                               eager.attend(query, keys, values, batch, 0.125), atol=TOLERANCE[dtype],
+                               rtol=TOLERANCE[dtype])
+
+
+def test_threads_share_the_tokens_evenly(every_thread):
+    _, _, _, batch, _ = make_batch([1, 1, 5, 1, 1, 1], [100, 10, 9, 60, 55, 20], 16, 1, 1, 16, torch.float32, 0)
+    shares = cpu._plan(batch, 128)[1]
+    assert sorted(i for share in shares for i in share) == [0, 1, 3, 4, 5], "each decoding sequence once, no prompt"
+    assert [sum(batch.context_lens[i] for i in share) for share in shares] == [100, 80, 65]
+
+
+def test_little_work_wakes_no_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for token_bytes, threads in ((128, 1), (cpu.WORTH_A_THREAD, 4)):  # never more threads than sequences
+        _, _, _, batch, _ = make_batch([1] * 4, [20] * 4, 16, 1, 1, 16, torch.float32, 0)
+        assert len(cpu._plan(batch, token_bytes)[1]) == threads
+
+
+def test_calls_from_several_threads(every_thread):
+    """Two LLMs may generate at the same time."""
+    cases = [make_batch([1] * 6, [50 + seed] * 6, 16, 2, 2, 64, torch.float32, seed)[:4] for seed in range(4)]
+    expected = [eager.attend(*case, 0.125) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(lambda case: cpu.attend(*case, 0.125), cases), expected):
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_chosen_on_a_cpu(dtype):
+    trace = Trace()
+    with LLM("tiny-opt", dtype=dtype, num_gpu_blocks_override=8, device="cpu", trace=trace) as llm:
+        assert llm.engine.runner.backend.attend is cpu.attend
+    assert trace.events[0].attention == "cpu" and trace.events[0].attention_reason.startswith("cpu: the device is a CPU")
+
+
+def test_where_it_cannot_run_plain_pytorch_does_and_says_so(monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=6)
+    with LLM("tiny-opt", num_gpu_blocks_override=8, device="cpu") as llm:
+        tokens = llm.generate([[10, 11, 12]], params)[0].outputs[0].token_ids
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    trace = Trace()
+    with pytest.warns(UserWarning, match="numba"), \
+            LLM("tiny-opt", num_gpu_blocks_override=8, device="cpu", trace=trace) as llm:
+        assert llm.generate([[10, 11, 12]], params)[0].outputs[0].token_ids == tokens
+    assert trace.events[0].attention == "torch" and "numba" in trace.events[0].attention_reason
+    with pytest.raises(InvalidConfig, match="numba"):
+        LLM("tiny-opt", attention="cpu", device="cpu")
+
+
+def test_a_type_that_it_does_not_take(monkeypatch):
+    with pytest.warns(UserWarning, match="float32 and bfloat16, not float16"), \
+            LLM("tiny-opt", dtype="float16", num_gpu_blocks_override=8, device="cpu") as llm:
+        assert llm.engine.runner.backend.attend is plain.attend
+        assert len(llm.generate([[10, 11, 12]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
+    with pytest.raises(InvalidConfig, match="float32 and bfloat16, not float16"):
+        LLM("tiny-opt", dtype="float16", attention="cpu", device="cpu")
+
+
+def test_where_no_folder_takes_files(tmp_path):
+    """As in a read-only installation without a home: compiled anew in each process, but it runs."""
+    script = ("import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
+              "import sys; sys.path.insert(0, sys.argv[1])\n"
+              "import test_cpu_kernel; test_cpu_kernel.check([1], [20]); "
+              "from minipaged.attention import cpu; print(type(cpu.compiled()._cache).__name__)")
+    run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
+                         env=os.environ | {"NUMBA_CACHE_DIR": ""}, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["NullCache"]
