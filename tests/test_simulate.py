@@ -207,9 +207,21 @@ def test_a_rate_or_time_without_requests_is_named(rate: float, seconds: float) -
         arrivals("ShareGPT", rate, seconds)
 
 
+@pytest.mark.parametrize(("lengths", "error"), [
+    ([], InvalidConfig), ([(0, 5)], InvalidConfig), ([(5, 5), (5, 0)], InvalidConfig), ([(2000, 49)], RequestTooLarge)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_length_that_no_model_takes_is_named(system: str, lengths: list[tuple[int, int]],
+                                               error: type[Exception]) -> None:
+    with pytest.raises(error, match="give"):
+        serve(system, [Request(0.0, *pair) for pair in lengths])
+
+
 @pytest.mark.parametrize(("system", "options", "error"), [
-    ("TGI", {}, InvalidConfig), ("vLLM", {"blocks": 10}, RequestTooLarge),
-    ("Orca (Max)", {"blocks": 100}, RequestTooLarge), ("Orca (Oracle)", {"blocks": 10}, RequestTooLarge), ("vLLM", {"blocks": 70, "width": 6}, RequestTooLarge),
+    ("TGI", {}, InvalidConfig), ("vLLM", {"server": "GPT-2"}, InvalidConfig),
+    ("vLLM", {"block_size": 0}, InvalidConfig), ("FasterTransformer", {"batch": 0}, InvalidConfig),
+    ("vLLM", {"blocks": 10}, RequestTooLarge),
+    ("Orca (Max)", {"blocks": 100}, RequestTooLarge), ("Orca (Oracle)", {"blocks": 10}, RequestTooLarge),
+    ("vLLM", {"blocks": 70, "width": 6}, RequestTooLarge),
 ])
 def test_what_cannot_be_served_is_named(system: str, options: dict[str, int], error: type[Exception]) -> None:
     with pytest.raises(error, match="give|lower"):

@@ -7,10 +7,11 @@ from math import inf
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..errors import InvalidConfig, RequestTooLarge
 from .cost import SERVERS, Cost, Work
 from .systems import ContinuousBatching, System, make_system
 from .usage import Usage, usage
-from .workloads import Request
+from .workloads import MAX_LEN, Request
 
 
 class Iteration(NamedTuple):
@@ -71,13 +72,28 @@ def serve(name: str, requests: list[Request], server: str = "OPT-13B", blocks: i
     Raises
     ------
     InvalidConfig
-        A name.
+        An unknown name, a block size below 1, no request, or one without a prompt or an output.
     RequestTooLarge
-        A request that the pool could never hold.
+        A request that the model does not take, or that the pool could never hold.
     """
+    if server not in SERVERS or block_size < 1:
+        raise InvalidConfig(f"server {server!r}, blocks of {block_size}; give one of {', '.join(SERVERS)}, and blocks "
+                            "of 1 or more")
+    _check(requests)
     machine = SERVERS[server]
     system = make_system(name, machine.blocks(block_size) if blocks is None else blocks, block_size, **options)
     return outcome(requests, run(system, requests, Cost(machine, system.engine, block_size).seconds))
+
+
+def _check(requests: list[Request]) -> None:
+    if not requests:
+        raise InvalidConfig("there is no request to serve; give one or more")
+    for _, prompt, output in requests:
+        if min(prompt, output) < 1:
+            raise InvalidConfig(f"a request has {prompt} prompt and {output} output tokens; give 1 or more of each")
+        if prompt + output > MAX_LEN:
+            raise RequestTooLarge(f"a request has {prompt} prompt and {output} output tokens; the models take "
+                                  f"{MAX_LEN} together, give fewer")
 
 
 def outcome(requests: list[Request], iterations: Iterable[Iteration]) -> Outcome:

@@ -203,6 +203,8 @@ class StaticBatching:
     engine = FASTER_TRANSFORMER
 
     def __init__(self, size: int) -> None:
+        if size < 1:
+            raise InvalidConfig(f"a batch of {size} requests; give 1 or more")
         self.size = size
         self.waiting: deque[tuple[int, Request]] = deque()
         self.batch: list[tuple[int, Request]] = []

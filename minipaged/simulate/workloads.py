@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import InvalidConfig
 
 DATA = files("minipaged") / "data"
-MAX_LEN = 2048  # of OPT: longer conversations are left out
+MAX_LEN = 2048  # tokens that OPT and LLaMA take, prompt and output
 QUANTUM = 0.01  # seconds; the artifact's generator draws how many requests arrive in each
 
 
