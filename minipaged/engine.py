@@ -13,7 +13,7 @@ import torch
 
 from . import trace as ev
 from .admission import check_params, check_prompt, check_room
-from .errors import InvalidConfig, PromptTooLong
+from .errors import InvalidConfig, NotIdle, PromptTooLong
 from .memory.audit import audit, audit_writes
 from .memory.manager import BlockSpaceManager
 from .output_processor import OutputProcessor
@@ -45,7 +45,7 @@ class LLMEngine:
     """
 
     def __init__(self, config: "EngineConfig", trace: ev.Trace = ev.NO_TRACE) -> None:
-        self.config, self.trace = config, trace
+        self.config = config
         self.runner = ModelRunner(config)
         self.tokens = Tokens(self.runner.tokenizer, config.model)
         self.max_model_len = self.runner.max_model_len
@@ -57,23 +57,37 @@ class LLMEngine:
             raise InvalidConfig(f"max_num_batched_tokens is {budget}, less than max_num_seqs, {config.max_num_seqs}: "
                                 "each sequence takes a token an iteration; raise the one or lower the other")
         self.manager = BlockSpaceManager(config.block_size, self.runner.num_gpu_blocks, self.runner.num_cpu_blocks,
-                                         enable_prefix_caching=config.enable_prefix_caching, trace=trace)
+                                         enable_prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(self.manager, config.max_num_seqs, budget, config.preemption_mode, config.chaos,
                                    config.preemption_policy)
         self._request_ids, self._seq_ids = count(), count()
-        self.output_processor = OutputProcessor(self.manager, self.tokens, self.runner.eos_token_ids, self._seq_ids,
-                                                trace)
+        self.output_processor = OutputProcessor(self.manager, self.tokens, self.runner.eos_token_ids, self._seq_ids)
         self._lock = threading.RLock()
         self._stepping = False
         self._committing: list[SequenceGroup] = []
         self._to_abort: list[SequenceGroup] = []
         # Free blocks that hold NaN already, or were never used: a pool of gigabytes is not touched before it is needed.
         self._clean = set(range(self.manager.device.num_blocks))
-        self.trace.emit(ev.Start, schema=ev.SCHEMA, model=config.model, block_size=config.block_size,
-                   num_blocks=self.runner.num_gpu_blocks, num_host_blocks=self.runner.num_cpu_blocks,
-                   max_model_len=self.max_model_len, bytes_per_token=self.runner.bytes_per_token,
-                   attention=self.runner.backend.name,
-                   attention_reason=f"{self.runner.backend.reason}; {self.runner.linears}")
+        self.record(trace)
+
+    def record(self, trace: ev.Trace) -> None:
+        """From now on, tell this trace what happens.
+
+        Raises
+        ------
+        NotIdle
+            A sequence has blocks or waits for them; a trace begins with an empty pool.
+        """
+        with self._lock:
+            if self.manager.block_tables or self.scheduler.has_unfinished:
+                raise NotIdle("a trace begins with an empty pool, and here requests are unfinished or prefixes are "
+                              "registered; make the LLM with trace=Trace()")
+            self.manager.trace = trace
+            trace.emit(ev.Start, schema=ev.SCHEMA, model=self.config.model, block_size=self.config.block_size,
+                       num_blocks=self.runner.num_gpu_blocks, num_host_blocks=self.runner.num_cpu_blocks,
+                       max_model_len=self.max_model_len, bytes_per_token=self.runner.bytes_per_token,
+                       attention=self.runner.backend.name,
+                       attention_reason=f"{self.runner.backend.reason}; {self.runner.linears}")
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -123,8 +137,8 @@ class LLMEngine:
                 if not params.greedy:
                     seq.generator = torch.Generator(self.runner.device).manual_seed(seed)
             group = SequenceGroup(request_id, [seq], params, prompt, self._max_len(token_ids, params), seed)
-            self.trace.emit(ev.Add, request=request_id, seq=seq.seq_id, token_ids=list(token_ids),
-                            texts=[self.tokens.text_of(token) for token in token_ids])
+            self.manager.trace.emit(ev.Add, request=request_id, seq=seq.seq_id, token_ids=list(token_ids),
+                                    texts=[self.tokens.text_of(token) for token in token_ids])
             self.scheduler.add(group)
         return group
 
@@ -172,7 +186,8 @@ class LLMEngine:
                     self.step()
                 with _uninterrupted():
                     reader = group.seqs[0].fork(next(self._seq_ids))
-                    self.trace.emit(ev.Fork, request=group.request_id, parent=group.seqs[0].seq_id, seq=reader.seq_id)
+                    self.manager.trace.emit(ev.Fork, request=group.request_id, parent=group.seqs[0].seq_id,
+                                            seq=reader.seq_id)
                     self.manager.fork(group.seqs[0], reader)
                     self.manager.prefixes[reader.seq_id] = list(token_ids)
             finally:
@@ -217,7 +232,7 @@ class LLMEngine:
 
     @torch.inference_mode()
     def _step(self) -> list[SequenceGroup]:
-        self.trace.begin_step()
+        self.manager.trace.begin_step()
         out = self.scheduler.schedule()
         if self.config.audit:
             self._clean &= set(self.manager.device.free_list)

@@ -65,6 +65,10 @@ class NotRunning(MinipagedError, LookupError):
     """A sequence was asked for that has no blocks on the device now."""
 
 
+class NotIdle(MinipagedError, RuntimeError):
+    """Something was asked of an engine that is in the middle of its work."""
+
+
 class AuditError(MinipagedError, AssertionError):
     """The block tables, reference counts and free lists contradict each other."""
 

@@ -17,6 +17,7 @@ from .trace import NO_TRACE
 if TYPE_CHECKING:
     from .memory.manager import BlockSpaceManager
     from .trace import Trace
+    from .watch import Watch
 
 Prompt = str | Items[int] | dict[str, Any]
 Params = SamplingParams | BeamSearchParams
@@ -46,6 +47,7 @@ class LLM:
     def __init__(self, model: str = "tiny-opt", trace: "Trace | None" = None, **options: Any) -> None:
         self._engine: LLMEngine | None = LLMEngine(EngineConfig(model, **options), NO_TRACE if trace is None else trace)
         self.trace = trace
+        self.watcher: Watch | None = None
 
     @property
     def engine(self) -> LLMEngine:
@@ -131,6 +133,30 @@ class LLM:
         """
         self.engine.register_prefix(self.engine.tokens.encode(prefix) if isinstance(prefix, str) else list(prefix))
 
+    def watch(self, steps_per_second: float | None = None) -> "Watch":
+        """Draw each iteration as it happens: ``with llm.watch() as view: llm.generate(…)``.
+
+        The view can be scrubbed meanwhile, shows memory in use and tokens per second, and has a stop button: it ends
+        the requests, and those that still come until the block ends, with finish reason "abort". Where Jupyter delivers
+        no button's message while a cell runs (without kernel subshells), interrupt the kernel instead. After the block
+        the view holds the whole trace; outside of a notebook its last picture is printed.
+
+        Parameters
+        ----------
+        steps_per_second : float or None
+            Go no faster, so that a class can follow; None: as fast as it can.
+
+        Raises
+        ------
+        InvalidParams
+            A speed that is no positive number.
+        NotIdle
+            It is watched already; or the LLM has no trace, and blocks are in use.
+        """
+        from .watch import Watch  # brings views along
+
+        return Watch(self, steps_per_second)
+
     def stream(self, prompts: Prompt | Items[Prompt],
                sampling_params: Params | Items[Params] | None = None) -> Iterator[RequestOutput]:
         """Generate, and yield each request as it is after every token; parameters as in `generate`.
@@ -159,7 +185,7 @@ class LLM:
                 elif all(group.finished for group in groups):
                     return
                 else:
-                    self.engine.step()
+                    self._step()
         finally:
             self._abort(groups)
 
@@ -233,8 +259,13 @@ class LLM:
         # disable=None: no bar where the output is not a terminal, so neither in a notebook nor under pytest.
         with tqdm(total=len(groups), desc="requests", disable=None if use_tqdm else True) as bar:
             while bar_count := sum(not group.finished for group in groups):
-                self.engine.step()
+                self._step()
                 bar.update(bar_count - sum(not group.finished for group in groups))
+
+    def _step(self) -> None:
+        self.engine.step()
+        if (watcher := self.watcher) is not None:
+            watcher.after_step()
 
     def _abort(self, groups: list[SequenceGroup | MinipagedError]) -> None:
         if self._engine is not None:

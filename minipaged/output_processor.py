@@ -20,21 +20,19 @@ class OutputProcessor:
     Parameters
     ----------
     manager : BlockSpaceManager
-        Told to fork and free.
+        Told to fork and free; its trace is told of forks, samples and ends.
     tokens : Tokens
         Text of tokens.
     eos_token_ids : set[int]
         The model's end-of-sequence tokens.
     seq_ids : Iterator[int]
         Numbers for forked sequences.
-    trace : Trace
-        Told of forks, samples and ends.
     """
 
-    def __init__(self, manager: BlockSpaceManager, tokens: Tokens, eos_token_ids: set[int], seq_ids: Iterator[int],
-                 trace: ev.Trace) -> None:
+    def __init__(self, manager: BlockSpaceManager, tokens: Tokens, eos_token_ids: set[int],
+                 seq_ids: Iterator[int]) -> None:
         self.manager, self.tokens, self.eos_token_ids = manager, tokens, eos_token_ids
-        self._seq_ids, self.trace = seq_ids, trace
+        self._seq_ids = seq_ids
 
     def process(self, scheduled: list[tuple[SequenceGroup, list[Sequence]]], logits: torch.Tensor) -> None:
         """Commit one iteration.
@@ -80,7 +78,7 @@ class OutputProcessor:
 
     def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
         child = parent.fork(next(self._seq_ids))
-        self.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=child.seq_id)
+        self.manager.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=child.seq_id)
         self.manager.fork(parent, child)
         return child
 
@@ -98,7 +96,7 @@ class OutputProcessor:
         seq.cumulative_logprob += logprob
         new_text = seq.detokenizer.push(token_id)
         seq.text += new_text
-        self.trace.emit(ev.Sample, seq=seq.seq_id, token_id=token_id, text=self.tokens.text_of(token_id),
+        self.manager.trace.emit(ev.Sample, seq=seq.seq_id, token_id=token_id, text=self.tokens.text_of(token_id),
                         logprob=round(logprob, 4))
         return new_text
 
@@ -144,7 +142,7 @@ class OutputProcessor:
         if len(group.hypotheses) == p.beam_width and score <= group.hypotheses[-1][0]:
             return
         seq = parent.fork(next(self._seq_ids))
-        self.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=seq.seq_id)
+        self.manager.trace.emit(ev.Fork, request=group.request_id, parent=parent.seq_id, seq=seq.seq_id)
         self._extend(seq, candidate.token_id, candidate.cumulative_logprob - parent.cumulative_logprob)
         self.finish(group, seq, reason)
         insort(group.hypotheses, (score, seq), key=lambda hypothesis: -hypothesis[0])
@@ -184,4 +182,4 @@ class OutputProcessor:
         if seq.stop_reason is None and reason != "abort":
             seq.text += seq.detokenizer.rest(seq)
         seq.detokenizer = seq.generator = None
-        self.trace.emit(ev.Finish, request=group.request_id, seq=seq.seq_id, reason=reason)
+        self.manager.trace.emit(ev.Finish, request=group.request_id, seq=seq.seq_id, reason=reason)

@@ -79,7 +79,7 @@ class Scheduler:
     def __init__(self, manager: BlockSpaceManager, max_num_seqs: int, max_num_batched_tokens: int,
                  preemption_mode: PreemptionMode | None = None, chaos: Chaos | None = None,
                  policy: PreemptionPolicy | None = None) -> None:
-        self.manager, self.trace = manager, manager.trace
+        self.manager = manager
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.preemption_mode, self.chaos, self.policy = preemption_mode, chaos, policy or latest
         self.waiting: list[SequenceGroup] = []
@@ -168,7 +168,7 @@ class Scheduler:
         else:
             out.blocks_to_copy += self.manager.allocate(group)
             self._move(group, self.running, Status.RUNNING)
-            self.trace.emit(ev.Admit, request=group.request_id)
+            self.manager.trace.emit(ev.Admit, request=group.request_id)
             out.scheduled.append((group, group.unfinished))
         return True
 
@@ -191,14 +191,14 @@ class Scheduler:
         if how == "recompute":
             self._recompute_later(group, why)
         else:
-            self.trace.emit(ev.Preempt, request=group.request_id, why=why, how=how)
+            self.manager.trace.emit(ev.Preempt, request=group.request_id, why=why, how=how)
             out.blocks_to_swap_out += self.manager.swap_out(group)
             self._unmoved.append(group)
             self._move(group, self.swapped, Status.SWAPPED)
 
     def _recompute_later(self, group: SequenceGroup, why: str) -> None:
         """Free all blocks; the tokens are kept and join the prompt when the request is admitted again (§4.5)."""
-        self.trace.emit(ev.Preempt, request=group.request_id, why=why, how="recompute")
+        self.manager.trace.emit(ev.Preempt, request=group.request_id, why=why, how="recompute")
         self._drop_blocks(group)
         self._move(group, self.waiting, Status.WAITING)
 

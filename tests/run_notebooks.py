@@ -77,6 +77,8 @@ def normalise(notebook: Any, name: str) -> None:
             data = output.get("data", {})
             if STILLS & data.keys():  # a stored widget has no model behind it: Lab would show an error instead
                 data.pop(WIDGET, None)
+        if "outputs" in cell:  # a widget alone was drawn live; a still of its end is another output of the cell
+            cell.outputs = [output for output in cell.outputs if set(output.get("data", {"": 0})) != {WIDGET}]
 
 
 def faults(notebook: Any) -> Iterator[str]:

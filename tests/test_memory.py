@@ -120,7 +120,7 @@ def test_figure_9(block_size: int) -> None:
     """All new candidates come from the old candidates 1 and 2; blocks 2, 4, 5 and 8 are freed."""
     manager, request = manager_of(blocks=13, block_size=block_size), group_of(list(range(block_size)))
     request.params = BeamSearchParams(4, 100)
-    processor = OutputProcessor(manager, Tokens(None, "none"), set(), NUMBERS, ev.NO_TRACE)
+    processor = OutputProcessor(manager, Tokens(None, "none"), set(), NUMBERS)
     request.seqs[0].detokenizer = processor.tokens.stream()
     manager.allocate(request)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import runpy
 import subprocess
@@ -10,13 +12,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 from traces import NASTY, figure_7, figure_8, request, small_pool_run, start
 
 from minipaged import Trace
 from minipaged import trace as ev
 from minipaged.errors import TraceError
 from minipaged.replay import MemoryState, replay
-from minipaged.views import memory_view, reservation_view
+from minipaged.views import memory_view, png, reservation_view
 from minipaged.views.canvas import GENERATED, PROMPT, WIDTH, colour_of, fit, tint
 from minipaged.views.frame import visible
 from minipaged.views.svg import LOGICAL, PHYSICAL
@@ -245,11 +248,39 @@ def test_drawings_can_be_read_anywhere() -> None:
 def test_view_shows_itself_and_saves(tmp_path: Path) -> None:
     view, again = memory_view(figure_7()), memory_view(replay(figure_7()), step=4)
     assert memory_view(iter(figure_7())).svg == view.svg and again.text in view.text
-    assert view._repr_mimebundle_() == {"text/plain": view.text, "image/svg+xml": view.svg} and repr(view) == view.text
+    bundle = {"text/plain": view.text, "image/svg+xml": view.svg, "image/png": png.render(view.svg)}
+    assert view._repr_mimebundle_() == bundle and repr(view) == view.text
     view.save(tmp_path / "view.svg")
     view.save(tmp_path / "view.txt")
     assert (tmp_path / "view.svg").read_text("utf-8") == view.svg
     assert (tmp_path / "view.txt").read_text("utf-8") == view.text + "\n"
+
+
+def pixels(svg: str) -> Image.Image:
+    """A drawing's PNG, decoded."""
+    file = base64.b64decode(png.render(svg))
+    assert len(file) < 40_000
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+def test_the_png_is_the_drawing() -> None:
+    view = memory_view(figure_7())
+    image = pixels(view.svg)
+    box = [float(number) for number in ElementTree.fromstring(view.svg).get("viewBox").split()]
+    assert image.size == (WIDTH, round(box[3]))
+    tints = {tuple(int(tint(colour_of(seq), share)[i:i + 2], 16) for i in (1, 3, 5))
+             for seq in (0, 1) for share in (PROMPT, GENERATED)}
+    near = {tuple(a) for a in tints for _, b in image.getcolors(1 << 20) if max(abs(x - y) for x, y in zip(a, b)) < 4}
+    assert near == tints, "the tokens' colours"
+    changed = pixels(view.svg.replace(">Four<", ">Five<"))
+    assert changed.size == image.size and changed.tobytes() != image.tobytes(), "its text is drawn"
+    png.render.cache_clear()
+    assert pixels(view.svg).tobytes() == image.tobytes()
+
+
+def test_hostile_tokens_make_a_png_too() -> None:
+    for blocks in (12, 300):
+        pixels(memory_view([start(num_blocks=blocks), *request(0, [*NASTY, "&#0;", "&xx;"], list(range(6)))]).svg)
 
 
 def test_reservation() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..replay import MemoryState
 from ..trace import Event, Trace
+from . import png as _png
 from . import svg as _svg
 from . import text as _text
 from . import timeline as _timeline
@@ -40,6 +41,8 @@ def __getattr__(name: str) -> Any:
 class View:
     """One picture in two forms; in a notebook the drawing is shown, in a terminal the text.
 
+    A notebook stores the drawing as an SVG and as a PNG: whoever has not trusted it yet is only shown the latter.
+
     Attributes
     ----------
     text, svg : str
@@ -58,7 +61,7 @@ class View:
         return self.text
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": self.text, "image/svg+xml": self.svg}
+        return {"text/plain": self.text, "image/svg+xml": self.svg, "image/png": _png.render(self.svg)}
 
 
 def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None = None) -> View:

@@ -51,7 +51,7 @@ render({ model, el: document.getElementById("view") });
 def script() -> str:
     """The JavaScript of the view, one ES module."""
     fixed = f"const FIXED = {json.dumps((_STATIC / 'microscope.html').read_text('utf-8'))};\n"
-    parts = ("replay.js", "panes.js", "timeline.js", "microscope.js")
+    parts = ("replay.js", "live.js", "panes.js", "timeline.js", "microscope.js")
     return "\n".join([fixed, *((_STATIC / name).read_text("utf-8") for name in parts)])
 
 
@@ -114,40 +114,50 @@ def check_pane(pane: str) -> None:
         raise TraceError(f"there is no view {pane!r}; choose one of {', '.join(STILLS)}")
 
 
-def encode(events: Iterable[Event]) -> bytes:
-    """The events as `static/replay.js` reads them: ``{"texts": […], "steps": [[[kind, …], …], …]}``, compressed.
+class Encoder:
+    """Turns events into what `static/replay.js` reads, piece by piece as they come.
 
-    ``steps[n]`` are the events of iteration ``n``, their fields in the order of the class, without the step. Token
-    texts are made visible and listed once; `Add` and `Sample` name them by number. What no picture shows, such as
-    token ids, is left out.
+    A piece is ``{"texts": […], "first": n, "steps": [[[kind, …], …], …]}``, compressed. ``steps[i]`` are those of
+    iteration ``n + i``, their fields in the order of the class, without the step. Token texts are made visible and
+    listed once, in the piece that first has them; `Add` and `Sample` name them by number. What no picture shows, such
+    as token ids, is left out.
     """
-    texts: dict[str, int] = {}
-    steps: list[list[list[Any]]] = []
 
-    def number(text: str) -> int:
-        return texts.setdefault(visible(text), len(texts))
+    def __init__(self) -> None:
+        self._texts: dict[str, int] = {}
 
-    for event in events:
-        while len(steps) <= event.step:
-            steps.append([])
+    def piece(self, events: Iterable[Event]) -> bytes:
+        """The events that follow those of the last piece."""
+        known, first, steps = len(self._texts), None, []
+        for event in events:
+            first = event.step if first is None else first
+            while first + len(steps) <= event.step:
+                steps.append([])
+            if event.kind != "begin":
+                steps[event.step - first].append(self._fields(event))
+        piece = {"texts": list(self._texts)[known:], "first": first or 0, "steps": steps}
+        packed = json.dumps(piece, ensure_ascii=False, separators=(",", ":"))
+        return zlib.compress(packed.encode("utf-8"), 9)
+
+    def _fields(self, event: Event) -> list[Any]:
         match event:
             case Start():
-                fields = [event.block_size, event.num_blocks, event.num_host_blocks, event.model]
+                fields = [event.block_size, event.num_blocks, event.num_host_blocks, event.model, event.bytes_per_token]
             case Add():
-                fields = [event.request, event.seq, [number(text) for text in event.texts]]
+                fields = [event.request, event.seq, [self._number(text) for text in event.texts]]
             case Sample():
-                fields = [event.seq, number(event.text)]
+                fields = [event.seq, self._number(event.text)]
             case _:
                 fields = [getattr(event, field.name) for field in dataclasses.fields(event) if field.name != "step"]
-        if event.kind != "begin":
-            steps[event.step].append([event.kind, *fields])
-    packed = json.dumps({"texts": list(texts), "steps": steps}, ensure_ascii=False, separators=(",", ":"))
-    return zlib.compress(packed.encode("utf-8"), 9)
+        return [event.kind, *fields]
+
+    def _number(self, text: str) -> int:
+        return self._texts.setdefault(visible(text), len(self._texts))
 
 
 def page(events: list[Event], step: int, pane: str) -> str:
     """The whole file. Everything from the trace is in it as base64, and once, escaped, as the still picture."""
-    trace = json.dumps({"step": step, "pane": pane, "data": base64.b64encode(encode(events)).decode("ascii")})
+    trace = json.dumps({"step": step, "pane": pane, "data": base64.b64encode(Encoder().piece(events)).decode("ascii")})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

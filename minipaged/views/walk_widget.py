@@ -11,6 +11,7 @@ from typing import Any
 import anywidget
 import traitlets
 
+from . import png
 from .frame import visible
 from .html import style
 from .walk import Walk, text, title, verdict
@@ -98,7 +99,8 @@ class AttentionWalk(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        return {**data, "text/plain": repr(self), "image/svg+xml": render(self.record, self.at)}, metadata
+        still = render(self.record, self.at)
+        return {**data, "text/plain": repr(self), "image/svg+xml": still, "image/png": png.render(still)}, metadata
 
 
 def attention_walk(record: Walk, at: int | None = None, name: str | None = None) -> AttentionWalk:

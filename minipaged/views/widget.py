@@ -15,7 +15,7 @@ from IPython import get_ipython
 
 from ..errors import TraceError
 from ..trace import Event, Trace
-from . import html
+from . import html, png
 
 # Where views were made -> in which run, the views, and their source, so that no other object gets its id.
 _open: dict[object, tuple[str | None, list[anywidget.AnyWidget], object]] = {}
@@ -50,7 +50,8 @@ class Microscope(anywidget.AnyWidget):
     def __init__(self, events: list[Event], step: int | None = None, pane: str = "memory") -> None:
         self.events = events
         self.last, busy = html.check(events)
-        super().__init__(data=html.encode(events), step=busy if step is None else step, pane=pane)
+        self._encoder = html.Encoder()
+        super().__init__(data=self._encoder.piece(events), step=busy if step is None else step, pane=pane)
 
     @traitlets.validate("step")
     def _exists(self, proposal: dict[str, Any]) -> int:
@@ -82,7 +83,7 @@ class Microscope(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         text, svg = self._still()
-        return {**data, "text/plain": text, "image/svg+xml": svg}, metadata
+        return {**data, "text/plain": text, "image/svg+xml": svg, "image/png": png.render(svg)}, metadata
 
 
 def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = None,

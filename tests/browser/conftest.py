@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TOKEN = "test"
+# Or a pop-up with news covers the notebook, cells out of sight are not drawn, and files change by themselves.
+SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+            "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+            "@jupyterlab/docmanager-extension:plugin": {"autosave": False}}
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -24,3 +40,74 @@ def browser() -> Iterator[Any]:
         chromium = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A JupyterLab of its own: its address and folder."""
+    tmp_path = tmp_path_factory.mktemp("lab")
+    work = tmp_path / "work"
+    (tmp_path / "cfg" / "labconfig").mkdir(parents=True)
+    (tmp_path / "cfg" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
+    work.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = dict(HOME="", JUPYTER_CONFIG_DIR="cfg", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run",
+                   JUPYTERLAB_SETTINGS_DIR="set", JUPYTERLAB_WORKSPACES_DIR="ws", IPYTHONDIR="ipython")
+    environment = {**os.environ, **{name: str(tmp_path / folder) for name, folder in folders.items()},
+                   "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
+             f"--ServerApp.root_dir={work}", "--LabApp.expose_app_in_browser=True"],
+            env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={TOKEN}", timeout=1)
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", work
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture
+def notebook(browser: Any, lab: tuple[str, Path]) -> Iterator[Callable[..., Any]]:
+    """Opens a notebook of these cells in a page, which must not fail nor ask any other machine.
+
+    The page has ``wire``, the bytes of each message between the browser and the server.
+    """
+    address, work = lab
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+
+    def opened(*sources: str) -> Any:
+        cells = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        cells.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        path = work / f"n{hash(sources)}.ipynb"  # the same cells get the same kernel again
+        nbformat.write(cells, path)
+        page = context.new_page()
+        page.wire = []
+        page.on("websocket", lambda socket: [socket.on(way, lambda data: page.wire.append(len(data)))
+                                             for way in ("framesent", "framereceived")])
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(dialog.message))
+        page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http")
+                and not request.url.startswith(address) else None)
+        page.goto(f"{address}/lab/workspaces/w{time.time_ns()}/tree/{path.name}?token={TOKEN}",
+                  wait_until="domcontentloaded")
+        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=180_000)
+        page.evaluate("jupyterapp.shell.currentWidget.sessionContext.ready")
+        return page
+
+    yield opened
+    context.close()
+    assert wrong == []

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from minipaged.replay import replay
 from minipaged.trace import load
 
-ROOT = Path(__file__).parent.parent.parent
-TOKEN = "test"
-# Or a pop-up with news covers the notebook, cells out of sight are not drawn, and files change by themselves.
-SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-            "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
-            "@jupyterlab/docmanager-extension:plugin": {"autosave": False}}
 CELLS = ["""\
 from minipaged import LLM, SamplingParams, Trace
 from minipaged.views import microscope
@@ -47,67 +33,12 @@ ASK = """async (code) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A JupyterLab of its own, with one notebook: its address and folder."""
-    tmp_path = tmp_path_factory.mktemp("lab")
-    work = tmp_path / "work"
-    (tmp_path / "cfg" / "labconfig").mkdir(parents=True)
-    (tmp_path / "cfg" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
-    work.mkdir()
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, work / "view.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = dict(HOME="", JUPYTER_CONFIG_DIR="cfg", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run",
-                   JUPYTERLAB_SETTINGS_DIR="set", JUPYTERLAB_WORKSPACES_DIR="ws", IPYTHONDIR="ipython")
-    environment = {**os.environ, **{name: str(tmp_path / folder) for name, folder in folders.items()},
-                   "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-             f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
-             f"--ServerApp.root_dir={work}", "--LabApp.expose_app_in_browser=True"],
-            env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={TOKEN}", timeout=1)
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", work
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
 @pytest.fixture
-def page(browser: Any, lab: tuple[str, Path]) -> Iterator[Any]:
-    """The notebook, run from top to bottom as a person would; it must not fail nor ask any other machine."""
-    address, _ = lab
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page, wrong = context.new_page(), []
-    page.wire = []
-    page.on("websocket", lambda socket: [socket.on(way, lambda data: page.wire.append(len(data)))
-                                         for way in ("framesent", "framereceived")])
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http")
-            and not request.url.startswith(address) else None)
-    workspace = f"{address}/lab/workspaces/w{time.time_ns()}"
-    page.goto(f"{workspace}/tree/view.ipynb?token={TOKEN}", wait_until="domcontentloaded")
-    page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=60_000)
-    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.ready")
+def page(notebook: Callable[..., Any]) -> Any:
+    """The notebook, run from top to bottom as a person would."""
+    page = notebook(*CELLS)
     run_all(page)
-    yield page
-    context.close()
-    assert wrong == []
+    return page
 
 
 def run_all(page: Any) -> None:

@@ -1,5 +1,5 @@
-// Draws one step of a Replay and lets one step, jump and ask. html.py puts replay.js before this, and FIXED, the parts
-// that no trace changes (microscope.html). What comes from a trace becomes text or an attribute, never markup.
+// Draws one step of a Replay and lets one step, jump and ask. html.py puts replay.js, live.js before this, and FIXED,
+// the parts that no trace changes (microscope.html). What comes from a trace becomes text or an attribute, never markup.
 
 const PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"]; // as in canvas.py
 const SLOTS_PER_ROW = 4, MAX_ROWS = 48;    // beyond so many rows of slots, blocks are drawn as small cells
@@ -47,24 +47,35 @@ const plural = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const colour = (seq) => PALETTE[seq % PALETTE.length];
 const called = (place) => place.replace("device", "block").replace("host", "host block");
 
-function render({ model, el }) {
+function render({ model, el, feed = new Feed() }) {
   // Without the attribute JupyterLab would take c, s and the arrows for shortcuts of its own.
   const root = make("div", { class: "mp", role: "group", "aria-label": "microscope" });
   root.dataset.lmSuppressShortcuts = "";
   el.append(root);
-  let stop = () => {}, closed = false;
+  let view = null, closed = false, work = Promise.resolve();
   const fail = (error) => {
-    stop();
+    view?.stop();
+    view = null;
     const message = `This trace cannot be shown: ${error.message}`;
     root.replaceChildren(make("p", { class: "mp-error", role: "alert" }, message));
   };
-  const data = model.get("data");
-  unpack(new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
-    .then((trace) => { if (!closed) stop = show(root, model, new Replay(trace), fail); }).catch(fail);
-  return () => { closed = true; stop(); };
+  const next = (task) => { work = work.then(() => closed || task()).catch(fail); }; // in the order in which they came
+  const open = async () => {
+    const trace = await unpack(model.get("data"));
+    view?.stop();
+    view = closed ? null : show(root, model, new Replay(trace), fail);
+  };
+  const reader = {
+    take: ({ data, pace }) => next(async () => { const piece = await unpack(data); view?.extend(piece, pace); }),
+    end: (whole) => next(() => (whole ? view?.end() : open())),
+  };
+  next(open);
+  feed.pieces.forEach(reader.take);
+  feed.views.add(reader);
+  return () => { closed = true; feed.views.delete(reader); view?.stop(); };
 }
 
-/** Fill the view; returns what ends it. */
+/** Fill the view; returns what appends to it, what tells that nothing more will come, and what ends it. */
 function show(root, model, replay, fail) {
   root.innerHTML = FIXED;
   const find = (name) => root.querySelector(`.mp-${name}`);
@@ -357,28 +368,43 @@ function show(root, model, replay, fail) {
     });
   }
 
-  slider.max = replay.last;
-  const usage = replay.usage.map((share, step) => `L${x(step)} ${(30 - 28 * share).toFixed(1)}`);
-  find("usage").setAttribute("d", `M0 30${usage.join("")}V30z`);
-  Object.entries(replay.jumps).forEach(([kind, steps], lane) => {
-    const [tick, button] = [find(`tick.mp-${kind}`), find(`jump.mp-${kind}`)];
-    tick.setAttribute("d", steps.map((step) => `M${x(step)} ${10 * lane}v9`).join(""));
-    button.append(make("small", {}, ` ${steps.length}`));
-    button.disabled = !steps.length;
-  });
   const relink = () => { if (panes.open() === "memory") drawLinks(false); };
   const sized = new ResizeObserver(relink);
   body.addEventListener("scroll", relink, { capture: true, passive: true });
   const panes = tabs(root, model, { replay, go, choose: (name) => panes.choose(name) }, drawMemory);
-  for (const trait of ["step", "pane"]) model.on(`change:${trait}`, paint);
-  paint();
-  sized.observe(body);
-  return () => {
+  const showPace = liveBar(root, model, replay);
+
+  function extend(piece, pace) {
+    const following = here() === replay.last; // not when someone looks at an earlier step
+    replay.extend(piece);
+    drawStrip();
+    showPace(pace);
+    if (following) now = null; // a step that goes on is drawn anew too
+    if (following && here() !== replay.last) model.set("step", replay.last); else paint();
+  }
+  function drawStrip() {
+    slider.max = replay.last;
+    const usage = replay.usage.map((share, step) => `L${x(step)} ${(30 - 28 * share).toFixed(1)}`);
+    find("usage").setAttribute("d", `M0 30${usage.join("")}V30z`);
+    Object.entries(replay.jumps).forEach(([kind, steps], lane) => {
+      const [tick, button] = [find(`tick.mp-${kind}`), find(`jump.mp-${kind}`)];
+      tick.setAttribute("d", steps.map((step) => `M${x(step)} ${10 * lane}v9`).join(""));
+      button.lastElementChild.textContent = ` ${steps.length}`;
+      button.disabled = !steps.length;
+    });
+  }
+  function stop() {
     play(false);
     clearTimeout(sync);
     sized.disconnect();
     for (const trait of ["step", "pane"]) model.off(`change:${trait}`, paint);
-  };
+  }
+  for (const trait of ["step", "pane"]) model.on(`change:${trait}`, paint);
+  drawStrip();
+  showPace();
+  paint();
+  sized.observe(body);
+  return { extend, end: showPace, stop };
 }
 
 /** What an event did to a block, in words. */
@@ -407,4 +433,8 @@ function told(state, of) {
   return [...words, ...(written ? [`${plural(written, "slot")} written`] : [])].join(" · ") || "Nothing moved.";
 }
 
-export default { render };
+/** anywidget calls this once for each model. */
+export default () => {
+  const feed = new Feed();
+  return { initialize: ({ model }) => feed.listen(model), render: (view) => render({ ...view, feed }) };
+};

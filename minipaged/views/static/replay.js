@@ -1,10 +1,11 @@
 // What minipaged.replay.MemoryState does, in the browser, so that scrubbing needs no kernel.
-// A trace arrives as {texts, steps}; steps[n] lists the events of iteration n as [kind, ...fields] (views/html.py).
+// A trace arrives in pieces {texts, first, steps}; steps[i] lists events of iteration first + i as [kind, ...fields]
+// (views/html.py).
 // A block is named by its place, "device 7" or "host 7".
 
 const KEYFRAME = 32; // steps between two saved states: from one of them, any step is at most so many away
 
-/** The trace in zlib-compressed JSON. */
+/** A piece, from zlib-compressed JSON. */
 async function unpack(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return JSON.parse(await new Response(stream).text());
@@ -17,8 +18,9 @@ function letters(number) {
 
 /** The whole memory at one moment. What the maps hold is replaced, never changed, so that a copy of them is enough. */
 class State {
-  constructor(size, device, host) {
+  constructor(size, device, host, model, tokenBytes) {
     this.size = size;            // slots of a block
+    this.tokenBytes = tokenBytes; // keys and values of a token, in all layers
     this.total = { device, host };
     this.tables = new Map();     // sequence -> block numbers, in logical order
     this.stored = new Map();     // sequence -> slots of its table that hold keys and values
@@ -121,29 +123,42 @@ class State {
 
 /** Any step of a trace, quickly, and what is known of all steps. */
 class Replay {
-  constructor({ texts, steps }) {
-    Object.assign(this, { texts, steps, last: steps.length - 1, keyframes: [] });
+  constructor(trace) {
+    Object.assign(this, { texts: [], steps: [], last: -1, keyframes: [], state: null });
     this.history = new Map(); // place -> [[step, event], …] that touched it
     this.jumps = { copy: [], preempt: [], swap: [] };
     this.usage = [];          // per step, the share of the device pool in use
-    for (let step = 0; step <= this.last; step++) {
-      this.forward(step, (event) => this.note(step, event));
-      if (step % KEYFRAME === 0) this.keyframes.push(this.state.clone());
+    this.extend(trace);
+  }
+
+  /** Append what happened next: more of the last step, and further steps. */
+  extend({ texts, first, steps }) {
+    this.texts.push(...texts);
+    if (this.last >= 0) this.at(this.last);
+    steps.forEach((events, i) => {
+      const step = first + i;
+      this.play(events, (event) => this.note(step, event));
+      (this.steps[step] ??= []).push(...events);
+      this.last = this.state.step = step;
+      if (step % KEYFRAME === 0) this.keyframes[step / KEYFRAME] = this.state.clone();
       const used = [...this.state.readers().keys()].filter((place) => place.startsWith("device"));
-      this.usage.push(used.length / Math.max(this.state.total.device, 1));
-    }
+      this.usage[step] = used.length / Math.max(this.state.total.device, 1);
+    });
   }
 
   /** The state after a step; the next call changes it. */
   at(step) {
     const frame = Math.floor(step / KEYFRAME);
     if (this.state.step > step || this.state.step < frame * KEYFRAME) this.state = this.keyframes[frame].clone();
-    while (this.state.step < step) this.forward(this.state.step + 1);
+    while (this.state.step < step) {
+      this.play(this.steps[this.state.step + 1]);
+      this.state.step += 1;
+    }
     return this.state;
   }
 
-  forward(step, before) {
-    for (const event of this.steps[step]) {
+  play(events, before) {
+    for (const event of events) {
       before?.(event);
       const [kind, ...fields] = event;
       if (kind === "add") fields[2] = fields[2].map((text) => this.texts[text]);
@@ -151,7 +166,6 @@ class Replay {
       if (kind === "start") this.state = new State(...fields);
       else this.state[kind](...fields);
     }
-    this.state.step = step;
   }
 
   note(step, event) {
