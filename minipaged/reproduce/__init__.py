@@ -14,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import MinipagedError
-from . import blocks, costs, memory, serving
+from . import blocks, costs, lengths, memory, prompts, serving, sharing
 from .sheet import Figure, Job, Sheet
 
-FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES, **serving.FIGURES, **costs.FIGURES}
+FIGURES: dict[str, Figure] = {**memory.FIGURES, **blocks.FIGURES, **lengths.FIGURES, **serving.FIGURES,
+                              **sharing.FIGURES, **prompts.FIGURES, **costs.FIGURES}
 MINUTES = 60.0  # of simulated arrivals behind each point of a curve
 
 

@@ -74,7 +74,7 @@ def _curves(ax: Axes, panel: Curves) -> None:
             ax.plot(*zip(*ours), color=colour, label=name)
         if paper := panel.paper.get(name):
             ax.plot(*zip(*paper), marker, color=colour, markerfacecolor="white", markersize=5,
-                    label=None if ours else name)
+                    markevery=panel.mark_every, label=None if ours else name)
             ax.plot([], [], "o", color="#555555", markerfacecolor="white", label=MARKS)
     ax.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log:

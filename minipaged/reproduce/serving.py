@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -24,21 +25,46 @@ def at_rate(system: str, server: str, workload: str, rate: float, minutes: float
 
 def paper_curve(panel: str, system: str) -> list[Point]:
     """The paper's points, and where its line crosses 1 s/token."""
-    at_one = printed("at 1 s/token")[panel].get(system)
+    at_one = printed("at 1 s/token").get(panel, {}).get(system)
     points = curves(panel)[system]
     return [*points, (at_one, 1.0)] if at_one and max(y for _, y in points) < 1 else points
 
 
-def curve(panel: str, system: str, minutes: float) -> list[Point]:
-    """Latency at the paper's rates, and at further ones until it is past `LEVEL`; OPT-175B has a quarter of the time."""
-    server, workload = PANELS[panel]
-    minutes = minutes / 4 if server == "OPT-175B" else minutes
+def until_late(panel: str, system: str, latency_at: Callable[[float], float]) -> list[Point]:
+    """Latency at the paper's rates, and at further ones until it is past `LEVEL`."""
     rates, points = sorted(x for x, _ in paper_curve(panel, system)), []
     rate = rates[0]
     while (not points or points[-1][1] < LEVEL) and len(points) < 30:
         rate = rates.pop(0) if rates else rate * 1.1
-        points.append((rate, at_rate(system, server, workload, rate, minutes).latency))
+        points.append((rate, latency_at(rate)))
     return points
+
+
+def curve(panel: str, system: str, minutes: float) -> list[Point]:
+    """A line of Figure 12; OPT-175B has a quarter of the time."""
+    server, workload = PANELS[panel]
+    minutes = minutes / 4 if server == "OPT-175B" else minutes
+    return until_late(panel, system, lambda rate: at_rate(system, server, workload, rate, minutes).latency)
+
+
+def compared(panel: str, ours: dict[str, list[Point]], others: Iterable[str], basis: str,
+             ) -> tuple[list[Number], list[Number]]:
+    """The rates at which the latencies of a panel cross `LEVEL`, and vLLM's divided by those of ``others``."""
+    rates = {system: (crossing(points, LEVEL), crossing(paper_curve(panel, system), LEVEL))
+             for system, points in ours.items()}
+    name = f"({panel[-1]}) " if panel[-1].isalpha() else ""
+    numbers = [Number(f"{name}{system}: requests/s at {LEVEL} s/token", *both, basis)
+               for system, both in rates.items()]
+    ratios = [Number(f"{name}vLLM / {other}, requests/s at {LEVEL} s/token",
+                     *(_divided(*ends) for ends in zip(rates["vLLM"], rates[other])), basis)
+              for other in others if "vLLM" in rates and other in rates]
+    return numbers, ratios
+
+
+def differences(**groups: list[Number]) -> list[str]:
+    """A sentence for each group of numbers: by how much ours differ from the paper's."""
+    return [f"Median difference of the {what}: {median(errors):.0%}, the largest {max(errors):.0%}."
+            for what, group in groups.items() if (errors := _errors(group))]
 
 
 # ---- Figure 12 -------------------------------------------------------------------------------------------------------
@@ -55,17 +81,11 @@ def figure_12(found: dict[Any, list[Point]]) -> Sheet:
         ours = {system: found[panel, system] for system in SYSTEMS if (panel, system) in found}
         panels.append(Curves(f"({panel[-1]}) {server}, {workload}", "requests/s", "s/token", ours, curves(panel), BASIS,
                              top=1.0))
-        rates = {system: (crossing(points, LEVEL), crossing(paper_curve(panel, system), LEVEL))
-                 for system, points in ours.items()}
-        numbers += [Number(f"({panel[-1]}) {system}: requests/s at {LEVEL} s/token", *both, BASIS)
-                    for system, both in rates.items()]
-        for other in ("Orca (Oracle)", "Orca (Max)"):
-            if "vLLM" in rates and other in rates:
-                pairs = [_divided(*ends) for ends in zip(rates["vLLM"], rates[other])]
-                ratios.append(Number(f"({panel[-1]}) vLLM / {other}, requests/s at {LEVEL} s/token", *pairs, BASIS))
-    notes = [f"Median difference of {what}: {median(errors):.0%}, the largest {max(errors):.0%}."
-             for what, group in (("the rates", numbers), ("the ratios", ratios)) if (errors := _errors(group))]
-    return Sheet("Figure 12: single sequence generation", panels, numbers + ratios, notes)
+        rates, divided = compared(panel, ours, ("Orca (Oracle)", "Orca (Max)"), BASIS)
+        numbers += rates
+        ratios += divided
+    return Sheet("Figure 12: single sequence generation", panels, numbers + ratios,
+                 differences(rates=numbers, ratios=ratios))
 
 
 def _divided(a: float | None, b: float | None) -> float | None:

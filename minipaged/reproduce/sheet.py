@@ -49,7 +49,7 @@ class Number(NamedTuple):
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines: ours drawn, the paper's points marked."""
+    """Lines: ours drawn, the paper's points marked, or only every so many-th of them if there are too many."""
 
     title: str
     x: str
@@ -59,6 +59,7 @@ class Curves:
     basis: str
     top: float | None = None
     log: bool = False
+    mark_every: int = 1
 
     def rows(self) -> Iterator[Row]:
         """The points, for the CSV file."""

@@ -92,6 +92,9 @@ SERVERS = {"OPT-13B": Server(OPT_13B, A100_40GB, 1, 15_744), "OPT-66B": Server(O
 WEIGHTS = 0.80  # share of the bandwidth. Fitted: FasterTransformer's first points in Figure 12a, b and c
 FLOPS = 0.65  # share of the arithmetic. Fitted: Figure 19a, recomputation of 256 tokens
 KEYS_AND_VALUES = 0.50  # share of the bandwidth. Fitted: Figure 18a's slope, 32 requests, context 128 to 256
+# What a block costs the attention kernel beyond its bytes, in tokens of reading, at sizes below the paper's 16. Fitted:
+# Figure 18b, ShareGPT, block size 8, as `minipaged reproduce` draws it.
+PER_BLOCK = 6.5
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,13 @@ class Cost:
         engine, bandwidth = self.engine, gpus * gpu.bandwidth
         return (model.weight_bytes / (bandwidth * WEIGHTS),
                 model.weight_bytes / (gpus * gpu.flops * FLOPS),  # two operations per weight, which has two bytes
-                model.kv_bytes / (bandwidth * KEYS_AND_VALUES),
+                model.kv_bytes / (bandwidth * KEYS_AND_VALUES) * self.small_blocks,
                 model.layers * (engine.per_layer + (gpus - 1) * engine.per_hop), engine.per_sequence)
+
+    @property
+    def small_blocks(self) -> float:
+        """How much longer reading keys and values takes than in blocks of 16, where the kernel has more to look up."""
+        return 1 + PER_BLOCK * max(0.0, 1 / self.block_size - 1 / 16)
 
     def seconds(self, work: Work) -> float:
         """Of one iteration."""
