@@ -13,7 +13,7 @@ from minipaged.reproduce.paper import curves
 from minipaged.simulate import workloads
 from minipaged.simulate.clock import Iteration, outcome, run, serve
 from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, SWAP_IN, SWAP_OUT, Cost, Work
-from minipaged.simulate.systems import SYSTEMS, StaticBatching, make_system
+from minipaged.simulate.systems import SYSTEMS, make_system
 from minipaged.simulate.workloads import Request, arrivals, histogram, lengths
 
 
@@ -245,11 +245,3 @@ def test_an_hour_at_two_requests_per_second_takes_less_than_20_seconds() -> None
     took = time.process_time() - start
     print(f"{len(requests)} requests, {sum(r.output for r in requests):,} tokens: {took:.2f} s")
     assert took < 20 / 12
-
-
-def test_static_batching_shows_what_waits() -> None:
-    system = StaticBatching(1)
-    for number in range(3):
-        system.add(number, Request(0.0, 2, 1))
-    system.schedule()
-    assert system.num_waiting == 2 and system.has_unfinished

@@ -108,18 +108,17 @@ def outcome(requests: list[Request], iterations: Iterable[Iteration]) -> Outcome
 
 
 class Moment(NamedTuple):
-    """What `play` saw: seconds on its clock, sequences running, requests waiting, and the use of the pool."""
+    """What `play` saw: seconds on its clock, sequences running, and the use of the pool."""
 
     time: float
     running: int
-    waiting: int
     usage: Usage
 
 
 def play(system: ContinuousBatching, requests: Iterable[Request], until: float, every: int = 20,
          seconds: Callable[[Work], float] = Cost(SERVERS["OPT-13B"]).seconds) -> list[Moment]:
     """As `run`; returns every so many iterations a `Moment`."""
-    return [Moment(iteration.begin, iteration.work.seqs, system.num_waiting, usage(system.manager))
+    return [Moment(iteration.begin, iteration.work.seqs, usage(system.manager))
             for step, iteration in enumerate(run(system, requests, seconds, until)) if step % every == 0]
 
 

@@ -41,10 +41,6 @@ class System(Protocol):
     def has_unfinished(self) -> bool:
         """Whether anything is left to do."""
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that were never begun."""
-
     def add(self, number: int, request: Request) -> None:
         """A request arrives."""
 
@@ -91,11 +87,6 @@ class ContinuousBatching:
     def has_unfinished(self) -> bool:
         """Whether any request waits, runs or is swapped out."""
         return self.scheduler.has_unfinished
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue, those to be recomputed among them."""
-        return len(self.scheduler.waiting)
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request.
@@ -214,11 +205,6 @@ class StaticBatching:
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self.batch or self.waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self.waiting)
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request."""
