@@ -37,6 +37,8 @@ class MemoryState:
     """
 
     def __init__(self, start: Start) -> None:
+        if start.block_size < 1:
+            raise TraceError("a block has no slot; block_size is at least 1")
         self.start, self.step = start, 0
         self.tables: dict[int, list[int]] = {}
         self.num_tokens: dict[int, int] = {}
@@ -82,15 +84,18 @@ class MemoryState:
         getattr(self, f"_{event.kind}", lambda event: None)(event)
 
     def _add(self, e: Add) -> None:
+        _require(len(e.texts) == len(e.token_ids))
         self.request_of[e.seq], self.status[e.request] = e.request, "waiting"
         self.unfinished[e.request] = {e.seq}
         self.tokens[e.seq], self.token_ids[e.seq] = list(e.texts), list(e.token_ids)
         self.prompt_len[e.seq] = len(e.token_ids)
 
     def _admit(self, e: Admit) -> None:
+        _require(e.request in self.status)
         self.status[e.request] = "running"
 
     def _allocate(self, e: Allocate) -> None:
+        _require(e.seq in self.request_of and e.logical == len(self.tables.get(e.seq, [])))
         self.tables.setdefault(e.seq, []).append(e.block)
         self.num_tokens.setdefault(e.seq, 0)
         self.ref_counts[e.block] += 1
@@ -105,11 +110,13 @@ class MemoryState:
         self.unfinished[e.request].add(e.seq)
 
     def _copy(self, e: Copy) -> None:
+        _require(self.tables[e.seq][e.logical] == e.src)
         self.tables[e.seq][e.logical] = e.dst
         self.ref_counts[e.src] -= 1
         self.ref_counts[e.dst] += 1
 
     def _write(self, e: Write) -> None:
+        _require(e.start <= e.end <= len(self.tables[e.seq]) * self.start.block_size)
         self.num_tokens[e.seq] = e.end
 
     def _sample(self, e: Sample) -> None:
@@ -117,6 +124,7 @@ class MemoryState:
         self.token_ids[e.seq].append(e.token_id)
 
     def _free(self, e: Free) -> None:
+        _require(self.tables[e.seq] == e.blocks)
         counts = self.host_ref_counts if e.host else self.ref_counts
         for block in e.blocks:
             counts[block] -= 1
@@ -129,6 +137,7 @@ class MemoryState:
         self._move(e, self.host_ref_counts, self.ref_counts, "running")
 
     def _move(self, e: SwapOut | SwapIn, source: list[int], target: list[int], status: str) -> None:
+        _require(e.request in self.status)
         moved = dict(e.blocks)
         for seq in self.sequences(e.request):
             for logical, block in enumerate(self.tables[seq]):
@@ -138,13 +147,20 @@ class MemoryState:
         self.status[e.request] = status
 
     def _preempt(self, e: Preempt) -> None:
+        _require(e.request in self.status)
         if e.how == "recompute":
             self.status[e.request] = "waiting"
 
     def _finish(self, e: Finish) -> None:
+        _require(e.seq in self.unfinished[e.request])
         self.unfinished[e.request].discard(e.seq)
         if not self.unfinished[e.request]:
             self.status[e.request] = "finished"
+
+
+def _require(follows: bool) -> None:
+    if not follows:
+        raise LookupError("what the event speaks of is not there")
 
 
 def states(events: Iterable[Event]) -> Iterator[tuple[Event, MemoryState]]:
@@ -153,15 +169,19 @@ def states(events: Iterable[Event]) -> Iterator[tuple[Event, MemoryState]]:
     Raises
     ------
     TraceError
-        The events do not begin with `Start`.
+        The events do not begin with `Start`, or one cannot follow those before it.
     """
     state = None
-    for event in events:
+    for number, event in enumerate(events, 1):
         if isinstance(event, Start):
             state = MemoryState(event)
         elif state is None:
             raise TraceError("a trace begins with its 'start' event; give all of its events")
-        state.apply(event)
+        try:
+            state.apply(event)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise TraceError(f"event {number} does not follow from those before it, {str(event)[:200]}; give all events "
+                             "of one trace") from error
         yield event, state
 
 

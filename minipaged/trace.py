@@ -258,8 +258,14 @@ def load(path: str | Path) -> list[Event]:
         With the line: it is no trace, of another schema version, or was cut off.
     """
     # A byte that is no UTF-8 becomes a character that no JSON begins with, and so an error with its line.
+    events, last = [], 0
     with open(path, encoding="utf-8", errors="replace") as lines:
-        events = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+        for number, line in enumerate(lines, 1):
+            event = _parse(line, f"{path}, line {number}")
+            if event.step > last + 1:
+                raise TraceError(f"{path}, line {number}: step {event.step} after step {last}: lines are missing")
+            last = event.step if isinstance(event, Start) else max(last, event.step)
+            events.append(event)
     if not events or not isinstance(events[0], Start):
         raise TraceError(f"{path}, line 1: not a minipaged trace; its first event must be 'start'")
     return events
@@ -277,4 +283,16 @@ def _parse(line: str, where: str) -> Event:
         raise TraceError(f"{where}: schema version {record.get('schema')}; this minipaged reads {SCHEMA}")
     if set(record) != {field.name for field in fields(kind)}:
         raise TraceError(f"{where}: a {kind.kind!r} event does not have the fields {sorted(record)}")
+    for field in fields(kind):
+        if not _is(record[field.name], field.type):
+            raise TraceError(f"{where}: {field.name} is {repr(record[field.name])[:80]}, not {field.type} (from 0 on)")
     return kind(**record)
+
+
+def _is(value: Any, annotation: str) -> bool:
+    """Whether a value is of the type that a field is annotated with; all whole numbers here count from 0."""
+    if annotation.startswith("list["):
+        return isinstance(value, list) and all(_is(item, annotation[len("list["):-1]) for item in value)
+    if annotation == "int":
+        return type(value) is int and value >= 0
+    return isinstance(value, {"str": str, "bool": bool, "float": (int, float)}[annotation])

@@ -109,7 +109,7 @@ def test_in_the_end_it_is_like_any_other_view(llm: LLM, tmp_path: Path, capsys: 
 def test_who_scrubs_is_left_where_he_is(llm: LLM) -> None:
     with llm.watch() as view:
         llm.generate(PROMPTS, greedy(6))
-        view.set_state({"step": 3})
+        view.set_state({"step": 3, "following": False})
     assert view.step == 3
 
 

@@ -38,17 +38,20 @@ class LiveMicroscope(Microscope):
     ----------
     live : str
         "running", or how it ended.
+    following : bool
+        Whether the latest step is shown; not, while someone looks at an earlier one, who is left there in the end.
     stop_asked : threading.Event
         Set by the view's stop button, in a thread of Jupyter's; who runs the engine looks at it between iterations.
     """
 
     live = traitlets.Unicode(RUNNING).tag(sync=True)
+    following = traitlets.Bool(True).tag(sync=True, echo_update=False)
 
     def __init__(self, trace: Trace) -> None:
         super().__init__(list(trace.events), trace.step)
         self.trace, self.stop_asked = trace, Flag()
         self._began = self._pushed = time.monotonic()
-        self._opened_at, self._pieces, self._tokens, self._lock = self.step, 0, 0, Lock()
+        self._pieces, self._tokens, self._lock = 0, 0, Lock()
         self._pace = deque([(self._began, 0)])
         self._end_mark = Box(layout={"display": "none"})
         self.on_msg(self._on_message)
@@ -90,7 +93,7 @@ class LiveMicroscope(Microscope):
         with self.hold_sync():
             self.data = html.Encoder().piece(self.events)
             self.live = f"{how}: {self._tokens} tokens in {seconds:.1f} s, {self._tokens / seconds:.0f} tokens/s"
-            if self.step == self._opened_at:  # nobody went elsewhere
+            if self.following:
                 self.step = busy
         if get_ipython() is None:
             print(self)

@@ -93,6 +93,7 @@ function show(root, model, replay, fail) {
   // ---- from step to step ----------------------------------------------------------------------------------------
   const here = () => Math.max(0, Math.min(replay.last, model.get("step")));
   function go(step) {
+    if (model.get("live")) model.set("following", step >= replay.last);
     model.set("step", Math.max(0, Math.min(replay.last, step))); // this calls paint
     clearTimeout(sync);
     sync = setTimeout(() => model.save_changes(), SYNC_MS); // Python hears where one stops, not of each step of a run
