@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "BeamSearchOutput", "BeamSearchParams", "Chaos", "CompletionOutput", "EngineConfig", "RequestOutput",
            "SamplingParams", "Trace", "errors"]
 
-# On Linux PyTorch's threads spin while they wait for the next product, by default for milliseconds: time that the thread
+# On Linux the threads of PyTorch spin while they wait for work, by default for milliseconds: time that the thread
 # they wait for may need, or another process. Read when torch is imported, so said before.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -17,16 +17,19 @@ class PackedLinear(nn.Module):
     ----------
     linear : Linear
         The layer that it stands for; its weight is copied into oneDNN's own layout, which cannot be read back.
+    after : str
+        "none", or "relu" to apply that as well, while the product is at hand.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, after: str = "none") -> None:
         super().__init__()
+        self.after = after
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)  # laid out for about 32 rows
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x times the weight, plus the bias."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.after, [], "")
 
 
 def pack_linears(model: nn.Module) -> str:
@@ -40,10 +43,14 @@ def pack_linears(model: nn.Module) -> str:
     str
         How linear layers are computed, and why, for the trace.
     """
+    from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
     parameter = next(model.parameters())
     if problem := _problem(parameter.device, parameter.dtype):
         return f"linear layers as PyTorch has them, since {problem}"
     for parent in list(model.modules()):
+        if type(parent) is OPTDecoderLayer and type(parent.activation_fn) is nn.ReLU:
+            parent.fc1, parent.activation_fn = PackedLinear(parent.fc1, "relu"), nn.Identity()
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))

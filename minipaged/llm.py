@@ -258,9 +258,11 @@ class LLM:
 
         # disable=None: no bar where the output is not a terminal, so neither in a notebook nor under pytest.
         with tqdm(total=len(groups), desc="requests", disable=None if use_tqdm else True) as bar:
-            while bar_count := sum(not group.finished for group in groups):
+            while groups:
                 self._step()
-                bar.update(bar_count - sum(not group.finished for group in groups))
+                unfinished = [group for group in groups if not group.finished]
+                bar.update(len(groups) - len(unfinished))
+                groups = unfinished
 
     def _step(self) -> None:
         self.engine.step()

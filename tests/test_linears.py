@@ -56,7 +56,24 @@ def test_a_model_is_packed_whole_and_its_weights_are_given_back():
     torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ops", [SimpleNamespace(), SimpleNamespace(_reorder_linear_weight=lambda *_: torch.zeros(2).view(3))])
+@packs
+@torch.inference_mode()
+def test_an_opt_layer_applies_its_relu_once_and_within_the_product():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                       word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.5)
+    model, ids = OPTForCausalLM(config).eval(), torch.arange(4, 20)[None]
+    expected = model(ids, use_cache=False).logits
+    pack_linears(model)
+    layer = model.model.decoder.layers[1]
+    assert (layer.fc1.after, layer.fc2.after, type(layer.activation_fn)) == ("relu", "none", nn.Identity)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ops", [SimpleNamespace(),
+                                 SimpleNamespace(_reorder_linear_weight=lambda *_: torch.zeros(2).view(3))])
 def test_without_the_operators_a_model_stays_as_it_is(ops, monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
     model = Tied()
