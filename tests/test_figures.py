@@ -158,7 +158,8 @@ def test_curves_by_block_size_show_what_was_run(figure: Callable, panel: int) ->
     ours = sheet.panels[panel].ours
     assert ours.get("ShareGPT", ours.get("Recompute")) == [(8, 0.5), (16, 0.1)]
     assert ours.get("Alpaca", ours.get("Swap")) in ([(16, 0.3)], [(16, 0.2)])
-    assert all(n.basis for n in sheet.numbers if n.ours is not None)
+    fitted = [n.what for n in sheet.numbers if n.ours is not None and n.basis == costs.FITTED_LOAD]
+    assert len(fitted) == 1 and "block size 8" in fitted[0], "what was fitted is said beside it"
 
 
 def test_under_load_a_large_block_is_late() -> None:

@@ -15,7 +15,8 @@ from .sheet import Bars, Curves, Panel, Sheet, Stacks, Tables
 # Okabe and Ito's colours, and a marker each, so that colour is never the only cue.
 LOOKS = {"FasterTransformer": ("#E69F00", "s"), "Orca (Max)": ("#D55E00", "v"), "Orca (Pow2)": ("#56B4E9", "^"),
          "Orca (Oracle)": ("#0072B2", "D"), "vLLM": ("#009E73", "o"), "Existing systems": ("#D55E00", "v"),
-         "Throughput": ("#0072B2", "D")}
+         "Throughput": ("#0072B2", "D"), "Recompute": ("#E69F00", "^"), "Swap": ("#222222", "P"),
+         "ShareGPT": ("#222222", "P"), "Alpaca": ("#56B4E9", "v")}
 OTHERS = [("#009E73", "o"), ("#D55E00", "s"), ("#0072B2", "D"), ("#E69F00", "^"), ("#56B4E9", "v")]
 PARTS = ["#4FBB96", "#F0B440", "#E08A50", "#BDBDBD"]
 READERS = {1: "#e3eef6", 2: "#b3d4e8", 3: "#80b8da", 4: "#56a0cc"}
