@@ -17,6 +17,7 @@ from models import make_checkpoint
 from oracle import TIE, Oracle
 
 from minipaged import LLM, BeamSearchParams, Chaos, SamplingParams, Trace
+from minipaged.engine import LLMEngine
 
 NAMES = ("tiny-opt", "opt", "llama", "qwen3")
 REQUESTS_PER_MODEL = 48
@@ -100,8 +101,9 @@ def _blocks_alone(request: Request, size: int) -> int:
     return shared + request.params.width * (total - shared)
 
 
-def run(workload: Workload, source: str, trace: Trace | None = None) -> list:
-    """Serve the workload with the audit on; returns the finished groups."""
+def run(workload: Workload, source: str, trace: Trace | None = None,
+        meet: Callable[[LLMEngine], None] = lambda engine: None) -> list:
+    """Serve the workload with the audit on; returns the finished groups. ``meet`` gets the engine before it begins."""
     size = workload.settings["block_size"]
     blocks = max(_blocks_alone(r, size) for r in workload.requests)
     block_bytes = _bytes_per_token(source) * size
@@ -110,6 +112,7 @@ def run(workload: Workload, source: str, trace: Trace | None = None) -> list:
     with LLM(source, num_gpu_blocks_override=blocks + workload.spare_blocks, audit=True, trace=trace,
              swap_space=workload.host_blocks * block_bytes / (1 << 30), **workload.settings) as llm:
         engine = llm.engine
+        meet(engine)
         if workload.prefix is not None:
             llm.register_prefix(workload.prefix)
         groups, arrivals, step = [], list(zip(workload.arrivals, workload.requests)), 0

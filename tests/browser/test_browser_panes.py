@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_microscope import SCRUB, TIME, _thread_ms, page, swapped  # noqa: F401: page is a fixture
+from microscope_page import SCRUB
+from test_microscope import TIME, _thread_ms, swapped
 from test_panes import long_run
 from test_widget import busy
 from traces import NASTY, Witness, figure_7, request, start
@@ -36,7 +37,7 @@ READ_TIMELINE = """() => {
 
 
 @pytest.fixture
-def show(page: Any, tmp_path: Path) -> Callable[..., Any]:  # noqa: F811
+def show(page: Any, tmp_path: Path) -> Callable[..., Any]:
     """Opens a trace as a standalone file, at one of its views."""
     def opened(events: list[ev.Event] | Trace, pane: str, step: int | None = None) -> Any:
         save(events, tmp_path / "view.html", step, pane)
@@ -66,7 +67,7 @@ def test_the_timeline_shows_what_the_engine_did(show: Callable, checkpoint: Call
         for request_id, letter in did.items():
             wanted.setdefault(letters(request_id), [" "] * iterations)[step - 1] = letter
     for step in [0, iterations, *random.Random(seed).choices(range(1, iterations + 1), k=3)]:
-        view.evaluate(SCRUB, step)
+        view.locator(".mp").evaluate(SCRUB, step)
         shown = view.evaluate(READ_TIMELINE)
         if iterations <= 60:
             rows = {name: "".join(row) for name, row in sorted(wanted.items())}
