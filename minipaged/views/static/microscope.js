@@ -4,7 +4,7 @@
 const PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"]; // as in canvas.py
 const SLOTS_PER_ROW = 4, MAX_ROWS = 48;    // beyond so many rows of slots, blocks are drawn as small cells
 const ALL = 512;                           // of a bigger pool only blocks that are ever used are drawn
-const MAX_TOKENS = 480, MAX_HISTORY = 40, MAX_ARROWS = 48, SYNC_MS = 300;
+const MAX_TOKENS = 480, MAX_HISTORY = 40, MAX_ARROWS = 48, MAX_RUNS = 8, SYNC_MS = 300;
 const QUEUES = { running: "running", swapped: "swapped out", prefix: "kept prefixes", waiting: "waiting" };
 const LABELS = { ...QUEUES, device: "physical blocks", host: "host blocks" };
 
@@ -171,7 +171,8 @@ function show(root, model, replay, fail) {
       written: new Map(of("write").map(([seq, ...range]) => [seq, range])),
       moves: [...of("copy").map(([, , src, dst]) => [`device ${src}`, `device ${dst}`, "copy"]),
         ...of("swap_out").flatMap(([, pairs]) => pairs.map(([a, b]) => [`device ${a}`, `host ${b}`, "swap out"])),
-        ...of("swap_in").flatMap(([, pairs]) => pairs.map(([a, b]) => [`host ${a}`, `device ${b}`, "swap in"]))] };
+        ...of("swap_in").flatMap(([, pairs]) => pairs.map(([a, b]) => [`host ${a}`, `device ${b}`, "swap in"]))],
+      forks: of("fork").map(([, parent, child]) => [`seq ${parent}`, `seq ${child}`, "fork"]) };
     const freed = of("free").flatMap(([, blocks, host]) => blocks.map((b) => `${host ? "host" : "device"} ${b}`));
     for (const place of freed) if (!now.readers.has(place)) now.marks.set(place, "src");
     for (const [, , block] of of("allocate")) now.marks.set(`device ${block}`, "dst");
@@ -205,7 +206,8 @@ function show(root, model, replay, fail) {
       const rest = state.total[pool] - blocks.length;
       boxes[pool].hidden = pool === "host" && !blocks.length;
       boxes[pool].firstChild.textContent = `${LABELS[pool]}: ${used} of ${state.total[pool]} in use, `
-        + `${plural(state.size, "slot")} each` + (rest ? `; ${rest} not drawn, as this trace never uses them` : "");
+        + `${plural(state.size, "slot")} each${freeList(pool, blocks)}`
+        + (rest ? `; ${rest} not drawn, as this trace never uses them` : "");
       keyed(boxes[pool].lastChild, blocks, (block) => block, (block) => newBlock(`${pool} ${block}`), drawBlock);
     }
     drawLinks(moved);
@@ -216,6 +218,17 @@ function show(root, model, replay, fail) {
     if (pool === "device" && total <= ALL) return [...Array(total).keys()];
     const used = [...replay.history.keys()].map((place) => place.split(" ")).filter(([where]) => where === pool);
     return used.map(([, block]) => Number(block)).filter((block) => block < total).sort((a, b) => a - b);
+  }
+
+  /** The free blocks, in runs: "; free: 0–3, 7". */
+  function freeList(pool, blocks) {
+    const runs = [];
+    for (const block of blocks.filter((block) => !now.readers.has(`${pool} ${block}`))) {
+      if (runs.at(-1)?.[1] === block - 1) runs.at(-1)[1] = block; else runs.push([block, block]);
+    }
+    const shown = runs.slice(0, MAX_RUNS).map(([from, to]) => (from === to ? from : `${from}–${to}`));
+    const more = runs.length > MAX_RUNS ? ["…"] : [];
+    return pool === "device" ? `; free: ${[...shown, ...more].join(", ") || "none"}` : "";
   }
 
   const isShown = (...things) => things.includes(now.shown);
@@ -244,6 +257,7 @@ function show(root, model, replay, fail) {
 
   function drawSequence(row, seq, queue) {
     const [head, table] = row.children, { request } = state.about.get(seq), blocks = state.tables.get(seq) ?? [];
+    now.places.set(`seq ${seq}`, head);
     const mine = (kind) => now.of(kind).filter(([who]) => who === request);
     const news = [...mine("preempt").map(([, why, how]) => `preempted: ${how} (${why})`),
       ...mine("swap_in").map(() => "swapped in"), ...mine("admit").map(() => "admitted"),
@@ -350,8 +364,9 @@ function show(root, model, replay, fail) {
         if (now.detailed || on) links.push({ seq, on, a: spot(`${seq}:${logical}`, 1), b: spot(place, 0) });
       }
     }
-    const moves = now.moves.slice(0, MAX_ARROWS)
-      .map(([from, to, what]) => ({ a: spot(from, aside), b: spot(to, aside), what }));
+    const forks = now.forks.filter(([from, to]) => now.places.has(from) && now.places.has(to)); // some end at once
+    const moves = [...now.moves, ...forks].slice(0, MAX_ARROWS).map(([from, to, what]) => (
+      { a: spot(from, what === "fork" ? 1 : aside), b: spot(to, what === "fork" ? 1 : aside), what }));
     const [below, above] = [find("links"), find("moves")];
     for (const layer of [below, above]) layer.replaceChildren();
     for (const { seq, on, a: [x1, y1], b: [x2, y2] } of links) {
@@ -365,7 +380,7 @@ function show(root, model, replay, fail) {
       }
       const place = `translate(${x2} ${y2}) rotate(${turn})`;
       draw(above, "path", { d: "M0 0l-13 -6v12z", transform: place, class: "mp-tip" });
-      if (what !== moves[i - 1]?.what) draw(above, "text", { x: mx - 24, y: my + 5 }, what);
+      if (what !== moves[i - 1]?.what) draw(above, "text", { x: mx + (what === "fork" ? 24 : -24), y: my + 5 }, what);
     });
   }
 
