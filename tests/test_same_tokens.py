@@ -6,8 +6,10 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from minipaged import LLM, SamplingParams, Trace
+from minipaged.loading import BUNDLED
 
 # Log-uniform from 1 to 600, with both ends and the neighbourhood of block boundaries.
 LENGTHS = [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 600]
@@ -79,6 +81,26 @@ def test_unseeded_sampling_is_reproducible_but_not_repeated(checkpoint):
         assert second.generate("The king", params)[0].outputs[0].token_ids == a
         assert other.generate("The king", params)[0].outputs[0].token_ids != a
         assert a != b
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "opt", "llama", "qwen3"])
+def test_bfloat16(name, checkpoint):
+    """Each token has the best logit that transformers computes in bfloat16, or ties with it: a number of that type has
+    eight bits, and the two add up in different orders."""
+    source = BUNDLED.get(name, checkpoint(name))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    prompts = make_prompts(model.config.vocab_size, count=12, longest=60)
+    with LLM(checkpoint(name), dtype="bfloat16", block_size=4, num_gpu_blocks_override=200) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    best = chosen = 0
+    for prompt, output in zip(prompts, outputs):
+        tokens = torch.tensor(output.outputs[0].token_ids)
+        with torch.inference_mode():
+            logits = model(torch.cat([torch.tensor(prompt), tokens])[None]).logits[0, len(prompt) - 1:-1].float()
+        behind = logits.amax(-1) - logits[torch.arange(len(tokens)), tokens]
+        assert (behind <= logits.abs().amax(-1) * 2 ** -6).all(), behind.max()
+        best, chosen = best + int((behind == 0).sum()), chosen + len(tokens)
+    assert best >= 0.9 * chosen
 
 
 def test_attention_backends_agree(checkpoint):

@@ -5,8 +5,14 @@ heads of a token together as they lie in memory, and no sequence is padded to th
 arithmetic more than memory, so its keys and values are gathered once and PyTorch multiplies them.
 
 Threads are Python's, each with sequences of its own: what numba compiles needs no interpreter lock. numba's own pools
-spin while they wait, as PyTorch's does, and two such pools take the cores from each other; and a thread that takes
-half the heads of all sequences instead reads half of every row, which wastes what the processor fetches ahead.
+spin while they wait, as PyTorch's does, and two such pools take the cores from each other. A thread that took half the
+heads of all sequences would read half of every row, which wastes what the processor fetches ahead. One layer of
+opt-125m for 32 sequences of 512 tokens, float32, on two cores of a Zen 4 that read 29 GB/s:
+
+    one thread                                  7.4 ms    13.6 GB/s
+    two threads, half the heads each           10.4 ms     9.7 GB/s
+    numba's OpenMP pool, half the heads each    9.3 ms    10.8 GB/s
+    two threads, half the sequences each        5.0 ms    20.3 GB/s, 70 % of what the cores can read
 """
 
 from __future__ import annotations
