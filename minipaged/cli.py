@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("view", help="write the microscope over a trace as one HTML file")
     command.set_defaults(run=view)
     command.add_argument("trace", type=Path, metavar="TRACE.jsonl", help="a file that generate --trace wrote")
+    command.add_argument("other", type=Path, metavar="TRACE2.jsonl", nargs="?",
+                         help="a second trace: both are shown side by side, and where they part")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the trace's name with .html")
     command.add_argument("--step", type=int, help="the iteration to open at (default: the last that used a block)")
 
@@ -164,11 +166,15 @@ def generate(args: argparse.Namespace) -> int:
 
 def view(args: argparse.Namespace) -> int:
     """Write a recorded trace as one file that any browser opens from the disk."""
-    from .views import html
+    from .views import compare, html
 
     output = args.output or args.trace.with_suffix(".html")
     try:
-        html.save(args.trace, output, args.step)
+        if args.other is None:
+            html.save(args.trace, output, args.step)
+        else:
+            files = args.trace, args.other
+            compare.save(tuple(map(html.events_of, files)), [file.stem for file in files], output, args.step)
     except OSError as error:
         raise TraceError(f"{error}; name a trace that you may read and a file that you may write") from error
     print(output)

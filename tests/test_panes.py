@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,17 +12,24 @@ from xml.etree import ElementTree
 import pytest
 from test_views import elements
 from test_widget import busy
-from traces import NASTY, Witness, figure_7, request, small_pool_run, start
+from traces import NASTY, Witness, figure_7, figure_8, request, small_pool_run, start
 from workloads import make_workload, run
 
-from minipaged import Trace
+from minipaged import LLM, SamplingParams, Trace
 from minipaged import trace as ev
 from minipaged.errors import TraceError
+from minipaged.replay import replay
 from minipaged.trace import Event
-from minipaged.views import microscope, timeline_view
+from minipaged.views import View, compare_view, microscope, sharing_view, side_by_side, timeline_view
 from minipaged.views.canvas import WIDTH
-from minipaged.views.frame import letters
+from minipaged.views.compare import first_difference
+from minipaged.views.frame import labels, letters
+from minipaged.views.sharing import (MAX_COLUMNS, Node, Run, Sharing, count_of, every, is_detailed, name_of, runs_of,
+                                     sharing_of)
 from minipaged.views.timeline import LEFT, LOOK, MEANING, RAREST, RIGHT, timeline_of
+
+
+VIEWS = {"sharing": sharing_view, "timeline": lambda source, step: timeline_view(source)}
 
 
 def workload_of(seed: int, checkpoint: Callable[[str], str]) -> list[Event]:
@@ -142,9 +150,172 @@ def test_a_drawn_timeline_is_small(seqs: int) -> None:
         assert all(0 <= float(x) <= WIDTH for x in text.get("x").split())
 
 
+# ---- the sharing view ------------------------------------------------------------------------------------------------
+
+def paths_of(nodes: list[Node], way: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Each sequence of a tree, with what became of it: its blocks in order, and whether they are on the host."""
+    for node in nodes:
+        here = (*way, node.block)
+        yield from ((end, here, node.host) for end in node.ends)
+        yield from paths_of(node.children, here)
+
+
+def shown_ways(text: str) -> dict[tuple[str, ...], str]:
+    """What a text tree shows: the boxes from the root to each line, and what stands behind the last one."""
+    found, way = {}, []
+    for line in text.splitlines():
+        pattern = r"([│├└─ ]*)((?:host )?blocks? [\d …]*\d) +(×\d+(?: new| copy of \d+)?|freed)(?: |$)(.*)"
+        if match := re.fullmatch(pattern, line):
+            way = [*way[:len(match[1]) // 3], f"{match[2]} {match[3]}"]
+            found[tuple(way)] = match[4].strip()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_tree_is_what_the_engine_holds(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable, seed: int) -> None:
+    witness = Witness(monkeypatch)
+    events = workload_of(seed, checkpoint)
+    for step in random.Random(seed).choices(range(1, len(witness.tables) + 1), k=8):
+        tables, counts = witness.tables[step - 1], witness.ref_counts[step - 1]
+        in_use = {block for block, count in enumerate(witness.ref_counts[step - 2][0]) if count and step > 1}
+        tree, state = sharing_of(events, step), replay(events, step)
+        names = labels(state)
+        alive = {names[seq]: (tuple(table), state.on_host(seq)) for seq, table in tables.items()}
+        shown = {end.split(" ")[0]: (path, host) for end, path, host in paths_of(tree.roots)}
+        assert {name: shown[name] for name in alive} == alive, step
+        ways = {(host, path[:i]) for path, host in shown.values() for i in range(1, len(path) + 1)}
+        assert len(ways) == sum(1 for _ in every(tree.roots)), "one branch for what begins alike"
+        for node in every(tree.roots):
+            assert node.readers == counts[node.host][node.block] and (node.mark == "freed") == (not node.readers)
+        used = {block for block, count in enumerate(counts[0]) if count}
+        gone = {node.block for node in every(tree.roots) if node.mark == "freed" and not node.host}
+        assert len(used | gone) == witness.device[step - 1], "what the model had, and what was freed after it"
+        came = {node.block for node in every(tree.roots) if node.mark.startswith(("new", "copy"))}
+        swapped = {block for event in events if isinstance(event, ev.SwapIn) and event.step == step
+                   for _, block in event.blocks}
+        assert used - in_use - swapped <= came <= used
+        entries = sum(len(path) for path, host in alive.values() if not host)
+        assert (tree.entries, tree.used) == (entries, len(used))
+        view = sharing_view(events, step)
+        assert f"{len(used)} blocks in use, {entries} without sharing" in view.text or not entries
+        check_tree(view, tree)
+
+
+def check_tree(view: View, tree: Sharing) -> None:
+    """The text and the drawing show each box of the tree, and where it hangs."""
+    detailed = is_detailed(tree)
+
+    def boxes(runs: list[Run], way: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Run]]:
+        for run in runs:
+            here = (*way, f"{name_of(run)} {count_of(run)}")
+            yield here, run
+            yield from boxes(run.children, here)
+
+    shown, wanted = shown_ways(view.text), dict(boxes(runs_of(tree.roots, detailed), ()))
+    assert shown.keys() == wanted.keys()
+    for way, run in wanted.items():
+        assert shown[way].startswith(", ".join(run.last.ends)) and (detailed or "|" not in shown[way])
+    counts = [count_of(run) for _, run in boxes(runs_of(tree.roots, detailed, MAX_COLUMNS), ())]
+    drawn = [text.text for text in elements(view.svg, "text") if text.get("text-anchor") == "end"]
+    assert sorted(drawn) == sorted(counts)
+
+
+def test_figure_8_as_a_tree() -> None:
+    assert sharing_view(figure_8()).text == """\
+after iteration 2: 3 blocks in use, 4 without sharing; sharing saves 1 of 4 (25%)
+
+A1 copies block 1 to 3
+
+block 7     ×2                Four | score | and | seven
+├─ block 3  ×1 copy of 1  A1  years | ago | our | fathers
+└─ block 1  ×1            A2  years | ago | our | mothers"""
+
+
+def test_a_dropped_beam_is_crossed_out() -> None:
+    events = [*figure_8(), ev.Fork(2, 0, 1, 2), ev.Share(2, 2, 0, 7), ev.Share(2, 2, 1, 1), ev.Free(2, 0, [7, 3], False),
+              ev.Finish(2, 0, 0, "dropped")]
+    view = sharing_view(events)
+    assert view.text.endswith("""\
+A1 copies block 1 to 3; A3 forks from A2; A1 ends (dropped)
+
+block 7     ×2                          Four | score | and | seven
+├─ block 1  ×2     A2, A3 (fork of A2)  years | ago | our | mothers
+└─ block 3  freed  A1 (dropped)         years | ago | our | fathers""")
+    assert len([path for path in elements(view.svg, "path") if path.get("stroke") == "#d55e00"]) == 1
+    assert "freed" not in sharing_view([*events, ev.Begin(3)]).text
+
+
+@pytest.mark.parametrize(("seqs", "size"), [(3, 4), (20, 16), (30, 64)])
+def test_a_drawn_tree_is_small(seqs: int, size: int) -> None:
+    events = busy(40, seqs=seqs, blocks=64, size=size)
+    for step in (10, 40):
+        view = sharing_view(events, step)
+        assert len(view.svg.encode()) < 20_000
+        assert all(0 <= float(text.get("x")) <= WIDTH for text in elements(view.svg, "text"))
+
+
+def test_of_very_many_branches_the_rest_is_counted() -> None:
+    events = busy(5, seqs=60)
+    view, tree = sharing_view(events), sharing_of(events)
+    hidden = re.search(r"(\d+) blocks of 28 more branches are not shown", view.text)
+    shown = [int(n) for line in re.findall(r"^[│├└─ ]*blocks? ([\d ]+?)  ", view.text, re.MULTILINE) for n in line.split()]
+    assert len(shown) + int(hidden[1]) == sum(1 for _ in every(tree.roots)) and hidden[0] in view.svg
+
+
+# ---- two traces side by side -----------------------------------------------------------------------------------------
+
+def both_ways() -> list[list[Event]]:
+    """The same requests in six blocks, where the second is swapped out, and where it is recomputed."""
+    traces = {mode: Trace() for mode in ("swap", "recompute")}
+    for mode, trace in traces.items():
+        with LLM("tiny-opt", block_size=4, num_gpu_blocks_override=6, preemption_mode=mode, trace=trace) as llm:
+            llm.generate([list(range(10, 17)), list(range(20, 24))],
+                         SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+    return [trace.events for trace in traces.values()]
+
+
+def test_the_first_difference_is_where_the_engine_first_did_something_else() -> None:
+    swap, recompute = both_ways()
+    first = next(event.step for event in swap if isinstance(event, ev.Preempt))
+    assert first_difference((swap, recompute)) == first == 7 and first_difference((swap, list(swap))) is None
+    assert first_difference((swap, swap[:-1])) == swap[-1].step, "one of them ends earlier"
+    other = [replace(event, num_blocks=99) if isinstance(event, ev.Start) else event for event in swap]
+    assert first_difference((swap, other)) is None, "the size of the pool is nothing that happens"
+    changed = [replace(event, text="other") if event == swap[-3] else event for event in swap]
+    assert isinstance(swap[-3], ev.Sample) and first_difference((swap, changed)) == swap[-3].step
+
+
+@pytest.mark.parametrize("pane", ["memory", *VIEWS])
+def test_both_are_shown_at_the_same_step(pane: str) -> None:
+    pair, names = both_ways(), ("swap <b>", "recompute")
+    for step, said in ((6, "the first difference is in step 7"), (7, "in this step, 7"), (9, "Different since step 7")):
+        view = compare_view(*pair, names=names, step=step, pane=pane)
+        assert said in view.text.splitlines()[0] and said in view.svg
+        for name, events in zip(names, pair):
+            still = microscope(events, step, pane=pane)
+            assert f"== {name} ==\n{still!r}" in view.text
+        root = ElementTree.fromstring(view.svg)
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}svg"))) == 3 and "<b>" not in view.svg
+
+
+def test_side_by_side_is_stepped_together(tmp_path: Path) -> None:
+    pair = both_ways()
+    view = side_by_side(*pair, names=("swap", "recompute"), pane="memory")
+    assert view.step == 7 and view.last == max(events[-1].step for events in pair)
+    assert repr(view) == compare_view(*pair, names=("swap", "recompute"), pane="memory").text
+    view.step = view.last
+    with pytest.raises(TraceError, match="the steps 0 to"):
+        view.step = view.last + 1
+    view.to_html(tmp_path / "pair.html")
+    text = (tmp_path / "pair.html").read_text("utf-8")
+    assert '"names": ["swap", "recompute"]' in text and text.count("</script>") == 2
+    for bad in ([], pair[0][1:]):
+        with pytest.raises(TraceError):
+            side_by_side(pair[0], bad)
+
+
 # ---- what every view must do -----------------------------------------------------------------------------------------
 
-VIEWS = {"timeline": lambda source, step: timeline_view(source)}
 
 
 each_view = pytest.mark.parametrize(("pane", "view_of"), VIEWS.items())
@@ -158,9 +329,9 @@ def test_a_notebook_stores_the_open_view(pane: str, view_of: Callable) -> None:
     assert (data["text/plain"], data["image/svg+xml"]) == (still.text, still.svg) and repr(view) == still.text
     view.pane = "memory"
     assert repr(view).startswith("after iteration 6")
-    with pytest.raises(TraceError, match="choose one of memory, timeline"):
+    with pytest.raises(TraceError, match="choose one of memory, sharing, timeline"):
         view.pane = "moemry"
-    with pytest.raises(TraceError, match="choose one of memory, timeline"):
+    with pytest.raises(TraceError, match="choose one of memory, sharing, timeline"):
         microscope(events, pane="timelin")
 
 

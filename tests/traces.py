@@ -9,6 +9,7 @@ import pytest
 
 from minipaged import LLM, SamplingParams, Trace
 from minipaged import trace as ev
+from minipaged.engine import LLMEngine
 from minipaged.scheduler import Scheduler, SchedulerOutputs
 
 NASTY = ["<img src=x onerror=alert(1)>", "</script>", "]]>", "\n", "\r", "\t", "\x00\x1b[31m", " a  b ", "&amp;",
@@ -88,13 +89,19 @@ class Witness:
         Per iteration, request to the letter of `minipaged.views.timeline.MEANING` for what its scheduler decided.
     device, host : list[int]
         Per iteration, blocks in use by the allocators when the model is about to run.
+    tables : list[dict[int, list[int]]]
+        After each iteration, sequence to physical blocks.
+    ref_counts : list[tuple[list[int], list[int]]]
+        After each iteration, of the device's and of the host's blocks.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[dict[int, str]] = []
         self.device: list[int] = []
         self.host: list[int] = []
-        known, schedule = set(), Scheduler.schedule
+        self.tables: list[dict[int, list[int]]] = []
+        self.ref_counts: list[tuple[list[int], list[int]]] = []
+        known, schedule, step = set(), Scheduler.schedule, LLMEngine._step
 
         def watched(scheduler: Scheduler) -> SchedulerOutputs:
             waited = {group.request_id for group in scheduler.waiting}
@@ -108,4 +115,11 @@ class Witness:
                 used.append(pool.num_blocks - pool.num_free)
             return out
 
+        def noted(engine: LLMEngine) -> list:
+            groups, manager = step(engine), engine.manager
+            self.tables.append({seq: list(table.blocks) for seq, table in manager.block_tables.items()})
+            self.ref_counts.append((list(manager.device.ref_counts), list(manager.host.ref_counts)))
+            return groups
+
         monkeypatch.setattr(Scheduler, "schedule", watched)
+        monkeypatch.setattr(LLMEngine, "_step", noted)

@@ -9,24 +9,24 @@ from typing import Any
 
 from ..replay import MemoryState
 from ..trace import Event, Trace
+from . import compare as _compare
 from . import png as _png
 from . import svg as _svg
 from . import text as _text
-from . import timeline as _timeline
 from .frame import frame_of
-from .html import check, events_of
+from .html import STILLS, check, events_of
 from .reservation import Reservation, reservation_svg, reservation_text
 from .walk import Walk
 from .walk import text as _walk_text
 from .walk_svg import render as _walk_svg
 
-__all__ = ["AttentionWalk", "Microscope", "View", "attention_walk", "memory_view", "microscope", "reservation_view",
-           "timeline_view", "walk_view"]
+__all__ = ["AttentionWalk", "Microscope", "SideBySide", "View", "attention_walk", "compare_view", "memory_view",
+           "microscope", "reservation_view", "sharing_view", "side_by_side", "timeline_view", "walk_view"]
 
 
 def __getattr__(name: str) -> Any:
     """The widgets bring ipywidgets along, which takes a while; they are imported when first needed."""
-    if name in ("Microscope", "microscope"):
+    if name in ("Microscope", "SideBySide", "microscope", "side_by_side"):
         from . import widget
 
         return getattr(widget, name)
@@ -83,6 +83,54 @@ def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None 
     return View(_text.render(frame), _svg.render(frame))
 
 
+def compare_view(a: Trace | Iterable[Event] | str | Path, b: Trace | Iterable[Event] | str | Path,
+                 names: tuple[str, str] = ("left", "right"), step: int | None = None, pane: str = "timeline") -> View:
+    """Two traces at the same step, one below the other, under a line that says where they part.
+
+    Parameters
+    ----------
+    a, b : Trace, events, or the path of a trace file
+        Of traces that go on, what has happened so far.
+    names : (str, str)
+        What stands above each.
+    step : int or None
+        After so many iterations; None: the first step at which they differ.
+    pane : str
+        What is shown of each: "memory", "sharing" or "timeline".
+
+    Raises
+    ------
+    TraceError
+        One of them is no whole trace, or there is no such step or view.
+    """
+    pair = events_of(a), events_of(b)
+    _, step = _compare.check_pair(pair, step, pane)
+    return View(*_compare.render(pair, names, step, pane))
+
+
+def sharing_view(source: Trace | Iterable[Event] | str | Path, step: int | None = None) -> View:
+    """The block tables as a tree: tables that begin with the same physical blocks have one branch (§4.4, Figure 9).
+
+    With reference counts, what sharing saves (§6.3), and the blocks that the choices at the end of the iteration set
+    free.
+
+    Parameters
+    ----------
+    source : Trace, events, or the path of a trace file
+        Of a trace that goes on, what has happened so far.
+    step : int or None
+        After so many iterations; None: now.
+
+    Raises
+    ------
+    TraceError
+        The file or the events are no whole trace, or have no such step.
+    """
+    events = events_of(source)
+    check(events)
+    return View(*STILLS["sharing"](events, step))
+
+
 def timeline_view(source: Trace | Iterable[Event] | str | Path) -> View:
     """What each request does in each iteration (waits, prefill, decodes, swapped out, recomputed, §4.5), below the
     blocks in use while the model ran.
@@ -101,7 +149,7 @@ def timeline_view(source: Trace | Iterable[Event] | str | Path) -> View:
     """
     events = events_of(source)
     check(events)
-    return View(*_timeline.render(_timeline.timeline_of(events)))
+    return View(*STILLS["timeline"](events, events[-1].step))
 
 
 def reservation_view(used: int, future: int, reserved: int, block_size: int, bytes_per_token: int) -> View:

@@ -17,22 +17,24 @@ from typing import Any
 from ..errors import TraceError
 from ..replay import states
 from ..trace import Add, Event, Sample, Start, Trace, load
-from . import svg, text, timeline
+from . import sharing, sharing_svg, svg, text, timeline
 from .frame import frame_of, visible
 
 _STATIC = Path(__file__).parent / "static"
 
 # The views behind the tabs: what each shows of a trace after a step where nothing can run, as (text, SVG).
-STILLS: dict[str, Callable[[list[Event], int], tuple[str, str]]] = {
+STILLS: dict[str, Callable[[list[Event], int | None], tuple[str, str]]] = {
     "memory": lambda events, step: (text.render(frame_of(events, step)), svg.render(frame_of(events, step))),
+    "sharing": lambda events, step: (sharing.render(tree := sharing.sharing_of(events, step)), sharing_svg.render(tree)),
     "timeline": lambda events, step: timeline.render(timeline.timeline_of(events)),
 }
 
 # In the file there is no kernel and no JupyterLab: a model that only remembers what it is told is enough.
 _STUB = """
 const page = JSON.parse(document.getElementById("trace").textContent), listeners = new Map();
+const unpacked = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
 const model = {
-  values: { step: page.step, pane: page.pane, data: Uint8Array.from(atob(page.data), (char) => char.charCodeAt(0)) },
+  values: { ...page, data: unpacked(page.data), other: unpacked(page.other ?? "") },
   get(name) { return this.values[name]; },
   set(name, value) {
     if (this.values[name] === value) return;
@@ -51,7 +53,7 @@ render({ model, el: document.getElementById("view") });
 def script() -> str:
     """The JavaScript of the view, one ES module."""
     fixed = f"const FIXED = {json.dumps((_STATIC / 'microscope.html').read_text('utf-8'))};\n"
-    parts = ("replay.js", "live.js", "panes.js", "timeline.js", "microscope.js")
+    parts = ("replay.js", "live.js", "panes.js", "sharing.js", "timeline.js", "compare.js", "microscope.js")
     return "\n".join([fixed, *((_STATIC / name).read_text("utf-8") for name in parts)])
 
 
@@ -148,9 +150,24 @@ class Encoder:
         return self._texts.setdefault(visible(text), len(self._texts))
 
 
-def page(events: list[Event], step: int, pane: str) -> str:
-    """The whole file. Everything from the trace is in it as base64, and once, escaped, as the still picture."""
-    trace = json.dumps({"step": step, "pane": pane, "data": base64.b64encode(Encoder().piece(events)).decode("ascii")})
+def packed(events: list[Event]) -> str:
+    """A whole trace as text that is safe anywhere."""
+    return base64.b64encode(Encoder().piece(events)).decode("ascii")
+
+
+def page(title: str, values: dict[str, Any], still: str) -> str:
+    """The whole file.
+
+    Parameters
+    ----------
+    title : str
+        Of the page.
+    values : dict[str, Any]
+        What the widget's traits hold; everything from a trace as `packed`.
+    still : str
+        A drawing for who runs no scripts.
+    """
+    trace = json.dumps(values).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -158,7 +175,7 @@ def page(events: list[Event], step: int, pane: str) -> str:
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
-<title>{html.escape(events[0].model)} under the microscope</title>
+<title>{html.escape(title)} under the microscope</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 0; }}
@@ -166,7 +183,7 @@ body {{ margin: 0; }}
 </head>
 <body class="mp-page">
 <main id="view"></main>
-<noscript>{STILLS[pane](events, step)[1]}</noscript>
+<noscript>{still}</noscript>
 <script type="application/json" id="trace">{trace}</script>
 <script type="module">
 {script()}
@@ -184,4 +201,6 @@ def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: i
     check_pane(pane)
     if step is not None and not 0 <= step <= last:
         raise TraceError(f"step {step}: this trace has the steps 0 to {last}")
-    Path(path).write_text(page(events, busy if step is None else step, pane), encoding="utf-8")
+    step = busy if step is None else step
+    values = {"step": step, "pane": pane, "data": packed(events)}
+    Path(path).write_text(page(events[0].model, values, STILLS[pane](events, step)[1]), encoding="utf-8")

@@ -15,7 +15,7 @@ from IPython import get_ipython
 
 from ..errors import TraceError
 from ..trace import Event, Trace
-from . import html, png
+from . import compare, html, png
 
 # Where views were made -> in which run, the views, and their source, so that no other object gets its id.
 _open: dict[object, tuple[str | None, list[anywidget.AnyWidget], object]] = {}
@@ -102,7 +102,7 @@ def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = 
     name : str or None
         For one view that moves from cell to cell.
     pane : str
-        The view that is open at first: "memory" or "timeline".
+        The view that is open at first: "memory", "sharing" or "timeline".
 
     Raises
     ------
@@ -110,6 +110,63 @@ def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = 
         The file or the events are no whole trace, or have no such step, or there is no such view.
     """
     return keep(Microscope(html.events_of(source), step, pane), source, name)
+
+
+class SideBySide(Microscope):
+    """Two traces, stepped together; make one with `side_by_side`.
+
+    Parameters
+    ----------
+    pair : (list[Event], list[Event])
+        Two whole traces.
+    names : (str, str)
+        What they are called.
+    step, pane : int or None, str
+        As in `side_by_side`.
+    """
+
+    other = traitlets.Bytes().tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+
+    def __init__(self, pair: compare.Pair, names: tuple[str, str], step: int | None, pane: str) -> None:
+        self.pair = pair
+        last, step = compare.check_pair(pair, step, pane)
+        self.set_trait("names", list(names))
+        super().__init__(pair[0], min(step, pair[0][-1].step), pane)
+        self.last, self.other, self.step = last, html.Encoder().piece(pair[1]), step
+
+    def to_html(self, path: str | Path) -> None:
+        """Write both, at this step, as one file that works from the disk without any request."""
+        compare.save(self.pair, self.names, path, self.step, self.pane)
+
+    def _still(self) -> tuple[str, str]:
+        return compare.render(self.pair, self.names, self.step, self.pane)
+
+
+def side_by_side(a: Trace | Iterable[Event] | str | Path, b: Trace | Iterable[Event] | str | Path,
+                 names: tuple[str, str] = ("left", "right"), step: int | None = None, pane: str = "timeline",
+                 ) -> SideBySide:
+    """Look at two traces at once: both are stepped together, and the first step at which they differ is marked.
+
+    Views that this one replaces are closed, as `microscope` does.
+
+    Parameters
+    ----------
+    a, b : Trace, events, or the path of a trace file
+        Of traces that go on, what has happened so far.
+    names : (str, str)
+        What stands above each.
+    step : int or None
+        Where to begin; None: the first step at which they differ.
+    pane : str
+        The view that is open at first, as in `microscope`.
+
+    Raises
+    ------
+    TraceError
+        One of them is no whole trace, or there is no such step or view.
+    """
+    return keep(SideBySide((html.events_of(a), html.events_of(b)), names, step, pane), a)
 
 
 Kept = TypeVar("Kept", bound=anywidget.AnyWidget)

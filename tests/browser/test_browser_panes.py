@@ -13,13 +13,16 @@ from microscope_page import SCRUB
 from test_microscope import TIME, _thread_ms, swapped
 from test_panes import long_run
 from test_widget import busy
-from traces import NASTY, Witness, figure_7, request, start
+from traces import NASTY, Witness, figure_7, figure_8, request, start
 from workloads import make_workload, run
 
 from minipaged import Trace
 from minipaged import trace as ev
-from minipaged.views.frame import letters
+from minipaged.replay import replay
+from minipaged.views.compare import save as save_pair
+from minipaged.views.frame import labels, letters
 from minipaged.views.html import save
+from minipaged.views.sharing import every, sharing_of, summary
 
 # A row's bars by the steps that they lie over: their place on the screen is read, not what they were told.
 READ_TIMELINE = """() => {
@@ -129,13 +132,80 @@ def test_tabs_and_the_timeline_by_keyboard_alone(show: Callable) -> None:
     view.keyboard.press("Enter")
     assert view.get_by_role("tabpanel", name="memory").is_visible() and step_of_root(view) == 5
     assert view.evaluate(focused) == "memory", "the focus is not lost"
-    view.keyboard.press("2")
+    view.keyboard.press("3")
     assert view.get_by_role("tabpanel", name="timeline").is_visible()
     view.get_by_label("details").get_by_role("button", name="step 2").press("Enter")
     assert step_of_root(view) == 2
 
 
-PANES = ["timeline"]
+# The block of each box from the root to where a sequence's table ends, and all that stands on a box.
+READ_TREE = """() => {
+  const wayTo = (kids) => { const branch = kids.closest(".mp-branch");
+    return branch ? [...wayTo(branch.parentElement.closest(".mp-kids") ?? document.body), ...branch.firstChild.children] : []; };
+  const place = (el) => el.dataset.go;
+  return { ends: [...document.querySelectorAll(".mp-end")].map((el) => [el.textContent, wayTo(el).map(place)]),
+    nodes: [...document.querySelectorAll(".mp-node")].map((el) => [place(el), el.querySelector("b").textContent,
+      [...el.querySelectorAll(".mp-slot")].map((slot) => slot.textContent), el.ariaLabel]),
+    saving: document.querySelector(".mp-saving").textContent, detailed: document.querySelector(".mp-wordy") !== null };
+}"""
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_the_tree_shows_what_the_engine_holds(show: Callable, checkpoint: Callable, seed: int,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    witness, trace = Witness(monkeypatch), Trace()
+    workload = make_workload(seed, lambda name: 512)
+    run(workload, checkpoint(workload.name), trace)
+    view = show(trace, "sharing", 0)
+    for step in random.Random(seed).choices(range(1, len(witness.did) + 1), k=6):
+        view.evaluate(SCRUB, step)
+        shown, tree, state = view.evaluate(READ_TREE), sharing_of(trace.events, step), replay(trace.events, step)
+        names, tables = labels(state), witness.tables[step - 1]
+        held = {names[seq]: [f"{'host' if state.on_host(seq) else 'device'} {block}" for block in table]
+                for seq, table in tables.items()}
+        ends = {text.split(" ")[0]: way for text, way in shown["ends"]}
+        assert {name: ends.get(name) for name in held} == held, step
+        assert sorted(text for text, _ in shown["ends"]) == sorted(end for node in every(tree.roots) for end in node.ends)
+        wanted = [(f"{'host' if node.host else 'device'} {node.block}", node) for node in every(tree.roots)]
+        assert sorted(place for place, *_ in shown["nodes"]) == sorted(place for place, _ in wanted)
+        nodes = {place: node for place, node in wanted}
+        for place, count, words, label in shown["nodes"]:
+            node, mark = nodes[place], f" {nodes[place].mark}" if shown["detailed"] else ""
+            assert count.strip() == ("freed" if node.mark == "freed" else f"×{node.readers}{mark}".strip())
+            assert words == (node.words if shown["detailed"] else []) and node.mark in label
+        said = summary(tree).split(": ")[1]
+        assert shown["saving"] == f"After step {step}: {said}"
+
+
+def test_a_sequence_shows_its_way_through_the_tree(show: Callable) -> None:
+    view = show(figure_8(), "sharing", 2)
+    view.get_by_role("button", name="table of A2 ends here").focus()
+    assert view.eval_on_selector_all(".mp-node.mp-on", "els => els.map((el) => el.dataset.go)") == ["device 7", "device 1"]
+    assert "sequence A2: 7 prompt tokens" in view.get_by_label("details").text_content()
+    view.keyboard.press("ArrowLeft")
+    assert view.evaluate("document.activeElement.ariaLabel") == "block 1, reference count 1, years ago our mothers"
+    view.keyboard.press("ArrowUp")
+    assert view.evaluate("document.activeElement.ariaLabel").startswith("block 3, reference count 1, copy of 1")
+    assert "copied from 1 to 3 for A1" in view.get_by_label("details").text_content()
+
+
+@pytest.mark.parametrize("pane", ["memory", "sharing", "timeline"])
+def test_two_traces_are_stepped_together(page: Any, tmp_path: Path, pane: str) -> None:  # noqa: F811
+    pair = swapped(), [event for event in swapped() if not isinstance(event, ev.SwapIn)]
+    save_pair(pair, ("both", "<img src=x onerror=alert(1)>"), tmp_path / "pair.html", pane=pane)
+    page.goto((tmp_path / "pair.html").as_uri())
+    steps, said = page.locator(".mp-step"), page.locator(".mp-verdict [role=status]")
+    for keys, step, verdict in (("", 7, "The first difference is in this step, 7."),
+                                (",", 6, "The same so far; the first difference is in step 7."),
+                                ("d", 7, "The first difference is in this step, 7.")):
+        page.locator(".mp-slider").nth(1).focus()
+        for key in keys:
+            page.keyboard.press(key)
+        assert steps.all_text_contents() == [f"step {step} of 7"] * 2 and said.text_content() == verdict
+    assert page.locator(".mp-pair img").count() == 0 and page.locator("h3").nth(1).text_content().startswith("<img")
+
+
+PANES = ["sharing", "timeline"]
 
 
 @pytest.mark.parametrize("pane", PANES)

@@ -48,6 +48,7 @@ const colour = (seq) => PALETTE[seq % PALETTE.length];
 const called = (place) => place.replace("device", "block").replace("host", "host block");
 
 function render({ model, el, feed = new Feed() }) {
+  if (model.get("other")?.byteLength) return renderPair({ model, el });
   // Without the attribute JupyterLab would take c, s and the arrows for shortcuts of its own.
   const root = make("div", { class: "mp", role: "group", "aria-label": "microscope" });
   root.dataset.lmSuppressShortcuts = "";

@@ -44,7 +44,7 @@ function tabs(root, model, view, memory) {
       tab.setAttribute("aria-selected", name === open());
       tab.tabIndex = name === open() ? 0 : -1;
     }
-    const pane = panes[open()];
+    const pane = panes[root.dataset.pane = open()];
     pane.drawer ??= PANES[open()].create(pane.panel, view);
     pane.drawer.draw(now);
   }
