@@ -26,14 +26,16 @@ from .errors import InvalidConfig
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
-# Assumed, from the makers' data sheets: card, memory bandwidth in bytes per second, multiprocessors.
+# Card, memory bandwidth in bytes per second, multiprocessors, as the makers state them: NVIDIA A100 and H100 Tensor Core
+# GPU data sheets and architecture white papers (SXM, 80 GB), AMD Instinct MI300X data sheet. None was measured here.
 CARDS = {"sm_80": ("A100 80 GB SXM", 2.039e12, 108), "sm_90": ("H100 80 GB SXM", 3.35e12, 132),
          "gfx942": ("MI300X", 5.3e12, 304)}
 KERNELS = {"write": triton_blocks.write_kernel, "decode": kernels.decode_kernel, "split": kernels.decode_kernel,
-           "reduce": kernels.reduce_kernel, "prefill": kernels.prefill_kernel, "copy": triton_blocks.move_kernel}
-# Sequences and tokens of each that the bytes are stated for; "copy" moves that many blocks in 40 layers.
+           "reduce": kernels.reduce_kernel, "prefill": kernels.prefill_kernel, "copy": triton_blocks.move_kernel,
+           "gather": triton_blocks.move_kernel}
+# Sequences and tokens of each that the bytes are stated for; "copy" and "gather" move that many blocks in 40 layers.
 SHAPES = {"write": (32, 1), "decode": (32, 1024), "split": (1, 16384), "reduce": (1, 16384), "prefill": (4, 1024),
-          "copy": (8, 1)}
+          "copy": (8, 1), "gather": (16, 1)}
 LAYERS = 40
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CACHE_READ = re.compile(r"tl\.load\((keys|values) \+")
@@ -61,7 +63,7 @@ class Specialisation:
 
     def constants(self) -> dict[str, object]:
         """What the launch passes as constants, warps and stages among them."""
-        if self.kernel in ("write", "copy"):
+        if self.kernel in ("write", "copy", "gather"):
             width = self.kv_heads * self.head_dim
             return triton_blocks.copy_constants(width if self.kernel == "write" else width * self.block_size)
         parts = None if self.kernel == "prefill" else self.parts
@@ -79,7 +81,8 @@ class Specialisation:
         q = self.heads * self.head_dim * item  # of one token; its output is as large
         parts = sequences * self.heads * self.parts * (self.head_dim + 2) * 4
         table = 8 * sequences * triton.cdiv(tokens, self.block_size)
-        return {"write": 2 * kv + 8 * all_tokens, "copy": 2 * kv * self.block_size * LAYERS,
+        blocks = 2 * kv * self.block_size * LAYERS
+        return {"write": 2 * kv + 8 * all_tokens, "copy": blocks, "gather": blocks,
                 "decode": kv + 2 * q * sequences + table, "split": kv + q * sequences + table + parts,
                 "reduce": parts + q * sequences, "prefill": kv + 2 * q * all_tokens + table}[self.kernel]
 
@@ -201,7 +204,7 @@ def report(dtype: torch.dtype = torch.float16, head_dim: int = 128, heads: int =
         for target in targets:
             spec = Specialisation(kernel, target, dtype, head_dim, heads, kv_heads, block_size)
             got, moved = compile_for(spec), spec.bytes_moved()
-            shape = f"{sequences} blocks" if kernel == "copy" else f"{sequences} x {tokens}"
+            shape = f"{sequences} blocks" if kernel in ("copy", "gather") else f"{sequences} x {tokens}"
             rows.append((kernel, target, got.registers, got.spilled, got.shared, got.widest_load, shape,
                          round(moved / 1e6, 2), round(1e6 * moved / CARDS[target][1], 2)))
     header = ("kernel", "target", "registers", "spilled", "shared", "widest load", "shape", "MB", "bound us")
@@ -210,7 +213,7 @@ def report(dtype: torch.dtype = torch.float16, head_dim: int = 128, heads: int =
         text_table(header, rows, f"{TYPES[dtype]}, {heads} heads of {head_dim}, {kv_heads} KV heads, blocks of "
                                  f"{block_size}"), "",
         "Registers and spilled bytes are per thread, shared bytes per program, loads in bits.",
-        f"Shape: sequences x tokens of each, in one layer; copy: blocks in {LAYERS} layers.",
+        f"Shape: sequences x tokens of each, in one layer; copy and gather: blocks in {LAYERS} layers.",
         "The bound is no measurement: MB, each byte moved once, divided by the bandwidth that the data sheets name:",
         f"{cards}.",
         "What comes from memory, not from a cache, takes at least that; prefill takes longer, bound by arithmetic."])

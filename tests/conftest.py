@@ -10,8 +10,17 @@ os.environ.setdefault("MINIPAGED_AUDIT", "1")
 
 import pytest
 
+from minipaged import EngineConfig
 from models import make_checkpoint
 from oracle import Oracle
+
+if ATTENTION := os.environ.get("MINIPAGED_TEST_ATTENTION"):  # what "auto" is in this run; see test_backends.py
+    _init = EngineConfig.__init__
+
+    def _init_with_attention(self: EngineConfig, *args: object, **options: object) -> None:
+        _init(self, *args, **{"attention": ATTENTION} | options)
+
+    EngineConfig.__init__ = _init_with_attention
 
 
 @pytest.fixture(scope="session")

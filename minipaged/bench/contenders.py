@@ -128,7 +128,7 @@ class _Watch:
 class ContinuousBatching:
     """transformers' continuous batching: a paged cache of its own, with pages of as many tokens as our blocks.
 
-    Its loop takes no request in while less than a fifth of its pages is free, so the full pool has twice the need.
+    Its loop takes no request in while less than 15 % of its pages are free, so the full pool has twice the need.
     """
 
     name = "transformers, continuous batching"
