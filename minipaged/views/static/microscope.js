@@ -392,11 +392,12 @@ function show(root, model, replay, fail) {
   const showPace = liveBar(root, model, replay);
 
   function extend(piece, pace) {
-    const following = here() === replay.last; // not when someone looks at an earlier step
+    const latest = here() === replay.last; // not when someone looks at an earlier step
+    const following = latest && model.get("live") === "running"; // in the end, Python says where to stay
     replay.extend(piece);
     drawStrip();
     showPace(pace);
-    if (following) now = null; // a step that goes on is drawn anew too
+    if (latest) now = null; // a step that goes on is drawn anew too
     if (following && here() !== replay.last) model.set("step", replay.last); else paint();
   }
   function drawStrip() {
