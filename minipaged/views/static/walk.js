@@ -109,7 +109,7 @@ function render({ model, el }) {
   }
 
   function drawSums(entry, before) {
-    const dash = "–", rows = [["largest score m", before ? number(before.largest) : dash, dash, number(entry.largest)],
+    const dash = "–", rows = [["largest m", before ? number(before.largest) : dash, dash, number(entry.largest)],
       ["sum l", before ? number(before.total) : "0.00",
         before ? `× ${number(entry.shrink)} = ${number(before.total * entry.shrink)}` : dash, number(entry.total)]];
     find(".wk-sums tbody").replaceChildren(...rows.map(([name, ...cells], i) => make("tr",
@@ -123,7 +123,7 @@ function render({ model, el }) {
     find(".wk-kept").setAttribute("d", before ? bars(before.weighted.map((value) => value * entry.shrink), 9) : "");
     find(".wk-now").setAttribute("d", bars(entry.weighted, 4));
     find(".wk-zero").setAttribute("d", `M0 0h${10 * count}`);
-    find(".wk-note").textContent = `accumulator, ${plural(count, "component")}: wide bars what was there, rescaled; narrow ones now`;
+    find(".wk-note").textContent = `accumulator, ${plural(count, "component")}: wide bars before, rescaled; narrow bars now`;
   }
 
   function drawWeights(at, entry) {
