@@ -26,8 +26,8 @@ from .errors import InvalidConfig
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
-# Card, memory bandwidth in bytes per second, multiprocessors, as the makers state them: NVIDIA A100 and H100 Tensor Core
-# GPU data sheets and architecture white papers (SXM, 80 GB), AMD Instinct MI300X data sheet. None was measured here.
+# Card, memory bandwidth in bytes per second, multiprocessors, as the makers state them: NVIDIA's A100 and H100 data
+# sheets and architecture white papers (SXM, 80 GB), AMD Instinct MI300X data sheet. None was measured here.
 CARDS = {"sm_80": ("A100 80 GB SXM", 2.039e12, 108), "sm_90": ("H100 80 GB SXM", 3.35e12, 132),
          "gfx942": ("MI300X", 5.3e12, 304)}
 KERNELS = {"write": triton_blocks.write_kernel, "decode": kernels.decode_kernel, "split": kernels.decode_kernel,

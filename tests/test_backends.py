@@ -23,8 +23,8 @@ from minipaged.memory.cache import PLAIN
 
 TESTS = ["test_backends.py", "test_engine.py", "test_sharing.py", "test_same_tokens.py"]
 # Triton's interpreter takes seconds for what the others do in milliseconds, so of these: streams, log probabilities,
-# copy-on-write; test_triton_kernels.py has preemption besides.
-REDUCED = ["auto_is", "papers_example", "stream_gives", "logprobs", "figure_8"]
+# copy-on-write, swapping; test_triton_kernels.py has preemption besides.
+REDUCED = ["auto_is", "papers_example", "stream_gives", "logprobs", "figure_8", "swapped_in_and_copied"]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel for this platform")
 GPU, HALF = torch.device("cuda"), torch.float16  # named, not used: the choice needs none
 THIS_RUN = os.environ.get("MINIPAGED_TEST_ATTENTION")

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from minipaged.attention import triton_kernels as kernels
 from minipaged.kernel_report import SHAPES, TARGETS, TYPES, Specialisation, compile_for, report
 
-# Bytes that a program may ask for: on NVIDIA's cards more than the 48 KiB that static allocation gives, on AMD's 64 KiB.
+# Bytes that a program may ask for: on NVIDIA's cards more than the 48 KiB of static allocation, on AMD's 64 KiB.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 OPT_13B, LLAMA_8B = dict(heads=40, kv_heads=40), dict(heads=32, kv_heads=8)
 

@@ -152,8 +152,8 @@ def attention_table(shape: Shape, device: torch.device) -> str:
             paged = Paged(shape, device, batch, context, 16)
             ours, whole = (seconds(call, device) / shape.layers for call in (paged, paged.contiguous()))
             paper = theirs["vLLM"][context] / theirs["FT"][context] - 1
-            rows.append((batch, context, round(1e6 * ours, 1), round(1e6 * whole, 1), f"{100 * (ours / whole - 1):+.0f}",
-                         f"{100 * paper:+.0f}", round(shape.kv_bytes(batch * context) / ours / 1e9, 1),
+            rows.append((batch, context, round(1e6 * ours, 1), round(1e6 * whole, 1),
+                         f"{100 * (ours / whole - 1):+.0f}", f"{100 * paper:+.0f}", round(shape.kv_bytes(batch * context) / ours / 1e9, 1),
                          round(100 * shape.kv_bytes(batch * context) / ours / copy, 1)))
     header = ("sequences", "context", "paged us", "contiguous us", "more %", "paper's more %", "KV GB/s", "% of copy")
     return text_table(header, rows, f"Figure 18a: attention of one layer; this card's own copy: {copy / 1e9:,.0f} GB/s")
@@ -165,11 +165,12 @@ def block_size_table(shape: Shape, device: torch.device, batch: int = 32, contex
     for size in BLOCK_SIZES:
         took = seconds(Paged(shape, device, batch, context, size), device) / shape.layers
         rows.append((size, round(1e6 * took, 1), round(shape.kv_bytes(batch * context) / took / 1e9, 1)))
-    return text_table(("block size", "us", "KV GB/s"), rows, f"The kernel by block size, {batch} sequences of {context}")
+    title = f"The kernel by block size, {batch} sequences of {context}"
+    return text_table(("block size", "us", "KV GB/s"), rows, title)
 
 
 def engine_table(source: str, dtype: str, requests: int = 32, sizes: tuple[int, ...] = BLOCK_SIZES) -> str:
-    """Figure 18b, end to end: tokens per second by block size, where memory holds a quarter of what the requests need."""
+    """Figure 18b, end to end: tokens per second by block size, with memory for a quarter of the requests."""
     from ..loading import load_config
 
     load = make_workload(load_config(source)[1].vocab_size, requests)
@@ -194,8 +195,8 @@ def swap_table(shape: Shape, device: torch.device) -> str:
         single = swap_seconds(shape, device, size, BY_BLOCK)
         rows.append((size, *(round(1000 * took, 2) for took in (*ours, *single, recompute)),
                      *(round(paper[name][size], 1) for name in ("Swap out", "Swap in", "Recompute"))))
-    header = ("block size", "out ms", "in ms", "out by block", "in by block", "recompute ms", "paper's out", "paper's in",
-              "paper's recompute")
+    header = ("block size", "out ms", "in ms", "out by block", "in by block", "recompute ms", "paper's out",
+              "paper's in", "paper's recompute")
     return text_table(header, rows, f"Figure 19a: {MOVED_TOKENS} tokens of {shape.layers} layers; by block: a copy for "
                                     "each block, layer, and key or value, as the paper's")
 
