@@ -153,7 +153,8 @@ def attention_table(shape: Shape, device: torch.device) -> str:
             ours, whole = (seconds(call, device) / shape.layers for call in (paged, paged.contiguous()))
             paper = theirs["vLLM"][context] / theirs["FT"][context] - 1
             rows.append((batch, context, round(1e6 * ours, 1), round(1e6 * whole, 1),
-                         f"{100 * (ours / whole - 1):+.0f}", f"{100 * paper:+.0f}", round(shape.kv_bytes(batch * context) / ours / 1e9, 1),
+                         f"{100 * (ours / whole - 1):+.0f}", f"{100 * paper:+.0f}",
+                         round(shape.kv_bytes(batch * context) / ours / 1e9, 1),
                          round(100 * shape.kv_bytes(batch * context) / ours / copy, 1)))
     header = ("sequences", "context", "paged us", "contiguous us", "more %", "paper's more %", "KV GB/s", "% of copy")
     return text_table(header, rows, f"Figure 18a: attention of one layer; this card's own copy: {copy / 1e9:,.0f} GB/s")
