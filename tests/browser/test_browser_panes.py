@@ -158,7 +158,7 @@ def test_the_tree_shows_what_the_engine_holds(show: Callable, checkpoint: Callab
     run(workload, checkpoint(workload.name), trace)
     view = show(trace, "sharing", 0)
     for step in random.Random(seed).choices(range(1, len(witness.did) + 1), k=6):
-        view.evaluate(SCRUB, step)
+        view.locator(".mp").evaluate(SCRUB, step)
         shown, tree, state = view.evaluate(READ_TREE), sharing_of(trace.events, step), replay(trace.events, step)
         names, tables = labels(state), witness.tables[step - 1]
         held = {names[seq]: [f"{'host' if state.on_host(seq) else 'device'} {block}" for block in table]
