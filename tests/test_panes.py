@@ -245,7 +245,7 @@ block 7     ×2                          Four | score | and | seven
     assert "freed" not in sharing_view([*events, ev.Begin(3)]).text
 
 
-@pytest.mark.parametrize(("seqs", "size"), [(3, 4), (20, 16), (30, 64)])
+@pytest.mark.parametrize(("seqs", "size"), [(2, 4), (8, 16), (30, 64)])
 def test_a_drawn_tree_is_small(seqs: int, size: int) -> None:
     events = busy(40, seqs=seqs, blocks=64, size=size)
     for step in (10, 40):
