@@ -22,7 +22,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-SECONDS_PER_CELL = 120
+SECONDS_PER_CELL = 300
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STILLS = {"image/png", "image/svg+xml"}
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -361,7 +361,7 @@ class Memory(RuleBasedStateMachine):
     def add(self, length: int) -> SequenceGroup:
         group = SequenceGroup(next(self.numbers), [Sequence(next(self.numbers), self.tokens(length), length)],
                               SamplingParams(), None, 10**6, 0)
-        self.tell(ev.Add, request=group.request_id, seq=group.seqs[0].seq_id, token_ids=group.seqs[0].token_ids,
+        self.tell(ev.Add, request=group.request_id, seq=group.seqs[0].seq_id, token_ids=list(group.seqs[0].token_ids),
                   texts=["x"] * length)
         self.waiting.append(group)
         return group

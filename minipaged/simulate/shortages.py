@@ -233,7 +233,7 @@ class _Run:
             number, arrival = self.arriving.pop()
             seq = Sequence(number, [0] * arrival.prompt, arrival.prompt)
             self.scheduler.add(SequenceGroup(number, [seq], SamplingParams(), None, arrival.prompt + arrival.output, 0))
-            self.trace.emit(ev.Add, request=number, seq=number, token_ids=seq.token_ids,
+            self.trace.emit(ev.Add, request=number, seq=number, token_ids=list(seq.token_ids),
                             texts=[f"{name_of(number)}{position}" for position in range(arrival.prompt)])
 
     def _iterate(self) -> None:
