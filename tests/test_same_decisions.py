@@ -51,7 +51,7 @@ def real(engine: LLMEngine, requests: list[Request], width: int, beams: bool, pr
     draw, shared = random.Random(0), [100 + i for i in range(prefix)]
     if prefix:
         engine.register_prefix(shared)
-    begun, clock, arriving = len(engine.trace.events), 0.0, list(requests)
+    begun, clock, arriving = len(engine.manager.trace.events), 0.0, list(requests)
     while arriving or engine.scheduler.has_unfinished:
         if not engine.scheduler.has_unfinished:
             clock = max(clock, arriving[0].time)
@@ -63,7 +63,7 @@ def real(engine: LLMEngine, requests: list[Request], width: int, beams: bool, pr
             engine.add_request(shared + [draw.randint(5, 3000) for _ in range(prompt - prefix)], params)
         engine.step()
         clock += 1.0
-    return engine.trace.events[begun:]
+    return engine.manager.trace.events[begun:]
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def test_the_simulator_decides_as_the_engine(mode: str | None, blocks: int, host
     scheduler = Scheduler(BlockSpaceManager(BLOCK_SIZE, blocks, host_blocks, trace=Trace()), 16,
                           engine.scheduler.max_num_batched_tokens, mode)
     simulated = ContinuousBatching(scheduler, width, (lambda *when: parents[when]) if beams else None, prefix)
-    begun = len(scheduler.trace.events)
+    begun = len(scheduler.manager.trace.events)
     for _ in run(simulated, requests, lambda work: 1.0):
         pass
-    for theirs, ours in zip_longest(decided, decisions(scheduler.trace.events[begun:])):
+    for theirs, ours in zip_longest(decided, decisions(scheduler.manager.trace.events[begun:])):
         assert ours == theirs
     found = Counter(kind for _, kind, _ in decided)
     assert found["admit"] >= len(requests) and (found["copy"] > 0 or width == 1)
