@@ -89,7 +89,7 @@ def decode_kernel(query, keys, values, output, part_largest, part_total, part_we
         to = (i.to(tl.int64) * KV_HEADS * GROUP + head) * PARTS + part
         tl.store(part_largest + to, largest, row < GROUP)
         tl.store(part_total + to, total, row < GROUP)
-        tl.store(part_weighted + to[:, None] * HEAD_DIM + d, weighted, inside)
+        tl.store(part_weighted + (to[:, None] * HEAD_DIM + d), weighted, inside)
 
 
 @triton.jit
