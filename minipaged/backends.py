@@ -67,7 +67,7 @@ def _functions(name: str) -> tuple[Callable[..., None], Callable[..., torch.Tens
     if name == "cpu":
         from .attention import cpu
 
-        return write, cpu.attend, PLAIN
+        return cpu.write, cpu.attend, PLAIN
     return write, {"eager": eager.attend, "torch": plain.attend}[name], PLAIN
 
 

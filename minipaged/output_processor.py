@@ -65,7 +65,8 @@ class OutputProcessor:
             self._beam_step(group, group.params, seqs, logits[row:row + len(seqs)].log_softmax(-1))
         if draws:
             groups, seqs, rows = zip(*draws)
-            for group, seq, token in zip(groups, seqs, sample(logits[list(rows)], seqs, [g.params for g in groups],
+            chosen = logits if rows == tuple(range(len(logits))) else logits[list(rows)]  # all: no copy
+            for group, seq, token in zip(groups, seqs, sample(chosen, seqs, [g.params for g in groups],
                                                               self.eos_token_ids)):
                 self._append(group, seq, token)
 

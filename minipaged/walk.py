@@ -58,7 +58,7 @@ def walk_of(llm: "LLM", layer: int, head: int, seq_id: int | None = None, positi
         table = engine.manager.get_block_table(seq).blocks
         query, scale = _queries(engine.runner, seq.token_ids[position], position, table)[layer]
         kv_head = head * num_kv_heads // heads
-        keys, values = (blocks[:, :, kv_head:kv_head + 1] for blocks in cache.layer(layer))
+        keys, values = (blocks[:, :, kv_head:kv_head + 1] for blocks in cache.layers[layer])
         texts = [engine.tokens.text_of(token) for token in seq.token_ids[:seq.num_computed]]
         entries, plain = record(query[None, head:head + 1], keys, values, table, position, scale, texts)
     return Walk(layer, head, kv_head, seq.seq_id, position, block_size, entries, table[len(entries):], plain)

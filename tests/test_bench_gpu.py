@@ -37,7 +37,7 @@ def test_paged_and_contiguous_compute_the_same(block_size):
     assert sorted(paged.batch.block_tables.flatten().tolist()) == list(range(3 * -(-40 // block_size)))
     got, scale = paged(), TINY.head_dim ** -0.5
     torch.testing.assert_close(got, paged.contiguous()(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got, eager.attend(paged.query, *paged.cache.layer(1), paged.batch, scale), atol=1e-5,
+    torch.testing.assert_close(got, eager.attend(paged.query, *paged.cache.layers[1], paged.batch, scale), atol=1e-5,
                                rtol=1e-5)
 
 

@@ -9,11 +9,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from batches import TOLERANCE, UGLY, make_batch
-from minipaged import LLM, SamplingParams, Trace, backends
+from minipaged import LLM, SamplingParams, Trace, backends, compiled
 from minipaged.attention import cpu, eager, plain
 from minipaged.errors import InvalidConfig
 
@@ -82,7 +83,7 @@ def test_plain_pytorch(dtype):
 
 def test_threads_share_the_tokens_evenly(every_thread):
     _, _, _, batch, _ = make_batch([1, 1, 5, 1, 1, 1], [100, 10, 9, 60, 55, 20], 16, 1, 1, 16, torch.float32, 0)
-    shares = cpu._plan(batch, 128)[1]
+    shares = cpu._shares(batch, 128)
     assert sorted(i for share in shares for i in share) == [0, 1, 3, 4, 5], "each decoding sequence once, no prompt"
     assert [sum(batch.context_lens[i] for i in share) for share in shares] == [100, 70, 75]
 
@@ -91,7 +92,7 @@ def test_little_work_wakes_no_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for token_bytes, threads in ((128, 1), (cpu.WORTH_A_THREAD, 4)):  # never more threads than sequences
         _, _, _, batch, _ = make_batch([1] * 4, [20] * 4, 16, 1, 1, 16, torch.float32, 0)
-        assert len(cpu._plan(batch, token_bytes)[1]) == threads
+        assert len(cpu._shares(batch, token_bytes)) == threads
 
 
 def test_calls_from_several_threads(every_thread):
@@ -102,6 +103,36 @@ def test_calls_from_several_threads(every_thread):
         for _ in range(5):
             for got, want in zip(pool.map(lambda case: cpu.attend(*case, 0.125), cases), expected):
                 torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_gnu_openmp_pythons_threads_do_the_work(dtype, every_thread, monkeypatch):
+    seen = []
+    in_threads = compiled._in_threads
+    monkeypatch.setattr(compiled, "_gnu_openmp", lambda: None)
+    monkeypatch.setattr(compiled, "_in_threads", lambda *args: seen.append(args[-1]) or in_threads(*args))
+    cpu._run.cache_clear()
+    try:
+        check([1, 1, 5, 1, 1], [100, 10, 9, 60, 55], dtype=dtype)
+    finally:
+        cpu._run.cache_clear()
+    assert seen == [3]
+
+
+def test_fewer_threads_than_asked_for_do_all_of_the_work():
+    """OpenMP gives no more than OMP_THREAD_LIMIT says."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+              "import torch, test_cpu_kernel as tests; from minipaged.attention import cpu\n"
+              "cpu.WORTH_A_THREAD = 1; torch.get_num_threads = lambda: 5; tests.check([1] * 7, [60] * 7)")
+    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], check=True,
+                   env=os.environ | {"OMP_THREAD_LIMIT": "2"})
+
+
+def test_the_exponential():
+    """To five units in the last place where it counts; what is too small for float32 is as good as nothing."""
+    x = np.concatenate([-np.logspace(-8, np.log10(87), 2000), [0, -0.34657359, -0.34657360, -88, -1e4, -np.inf]])
+    got = np.array([compiled.exp(np.float32(value)) for value in x])
+    np.testing.assert_allclose(got, np.exp(x.astype(np.float32).astype(np.float64)), rtol=6e-6, atol=2e-38)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -141,7 +172,7 @@ def test_where_no_folder_takes_files(tmp_path):
     script = ("import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
               "import sys; sys.path.insert(0, sys.argv[1])\n"
               "import test_cpu_kernel; test_cpu_kernel.check([1], [20]); "
-              "from minipaged.attention import cpu; print(type(cpu.compiled()._cache).__name__)")
+              "from minipaged.attention import cpu; print(type(cpu.compiled(cpu.decode)._cache).__name__)")
     run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
                          env=os.environ | {"NUMBA_CACHE_DIR": ""}, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from minipaged import LLM, linears
 from minipaged.linears import PackedLinear, pack_linears
@@ -58,18 +59,50 @@ def test_a_model_is_packed_whole_and_its_weights_are_given_back():
 
 @packs
 @torch.inference_mode()
-def test_an_opt_layer_applies_its_relu_once_and_within_the_product():
-    from transformers import OPTConfig, OPTForCausalLM
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opts_decoder_computes_what_transformers_does(bias, dtype, monkeypatch):
+    config, ids = opt_config(enable_bias=bias), torch.arange(4, 20)[None]
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-                       word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.5)
-    model, ids = OPTForCausalLM(config).eval(), torch.arange(4, 20)[None]
+    model = OPTForCausalLM(config).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 4)  # the norms and biases too, which a new model has at 1 and 0
     expected = model(ids, use_cache=False).logits
+    weights = [weakref.ref(model.model.decoder.layers[1].self_attn.q_proj.weight),
+               weakref.ref(model.model.decoder.layers[1].fc2.weight)]
     pack_linears(model)
-    layer = model.model.decoder.layers[1]
-    assert (layer.fc1.after, layer.fc2.after, type(layer.activation_fn)) == ("relu", "none", nn.Identity)
-    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+    assert [weight() for weight in weights] == [None, None], "weights live on beside their copies"
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    monkeypatch.setattr(linears.attention, "write_and_attend", causal)
+    got = model(ids, position_ids=torch.arange(16)[None], use_cache=False, paged_batch="batch").logits
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def causal(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: str,
+           scale: float) -> torch.Tensor:
+    """Attention of one sequence that begins with these tokens; each tensor [tokens, heads, head_dim]."""
+    assert batch == "batch" and layer in (0, 1)
+    heads_first = (x.transpose(0, 1) for x in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale)
+    return out.transpose(0, 1).contiguous()
+
+
+def opt_config(**changes: object) -> OPTConfig:
+    return OPTConfig(vocab_size=64, hidden_size=24, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                     max_position_embeddings=64, **({"word_embed_proj_dim": 24} | changes))
+
+
+@packs
+@pytest.mark.parametrize("changes", [dict(do_layer_norm_before=False), dict(activation_function="gelu"),
+                                     dict(word_embed_proj_dim=16), dict(_remove_final_layer_norm=True)])
+def test_another_decoder_than_opts_usual_one_is_left_to_transformers(changes):
+    model, ids = OPTForCausalLM(opt_config(**changes)).eval(), torch.arange(4, 20)[None]
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+        pack_linears(model)
+        assert not any(type(module) is nn.Linear for module in model.modules())
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ops", [SimpleNamespace(),

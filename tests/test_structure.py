@@ -20,7 +20,8 @@ PACKAGE = Path(minipaged.__file__).parent
 CORE = ("llm", "params", "engine", "scheduler", "sequence", "sampling", "runner", "memory", "attention")
 # Leaves that the core stands on: what comes in and goes out, text, the steps of samples and beams, and how the model is
 # found, loaded and computed.
-LEAVES = ("admission", "backends", "beam", "chaos", "linears", "loading", "outputs", "output_processor", "text")
+LEAVES = ("admission", "backends", "beam", "chaos", "compiled", "linears", "loading", "outputs", "output_processor",
+          "text")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -149,7 +150,7 @@ def test_the_core_is_small() -> None:
                      for part in (CORE, LEAVES))
     print(f"core {total} lines of code, leaves {leaves}, longest file {longest} of {sources[longest].count(chr(10))}")
     assert total < 1600
-    assert leaves < 500
+    assert leaves < 620
     assert sources[longest].count("\n") <= 300, longest
 
 

@@ -112,8 +112,13 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     -------
     Tensor [1, tokens, heads, head_dim], and None for the weights.
     """
-    keys, values = paged_batch.cache.layer(module.layer_idx)
-    paged_batch.backend.write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values,
-                              paged_batch.write_slots, paged_batch.write_rows)
-    out = paged_batch.backend.attend(query[0].transpose(0, 1), keys, values, paged_batch, scaling)
-    return out.unsqueeze(0), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return write_and_attend(module.layer_idx, query, key, value, paged_batch, scaling).unsqueeze(0), None
+
+
+def write_and_attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: PagedBatch,
+                     scale: float) -> torch.Tensor:
+    """Attention of one layer of the cache: this module's contract, both halves of it."""
+    keys, values = batch.cache.layers[layer]
+    batch.backend.write(key, value, keys, values, batch.write_slots, batch.write_rows)
+    return batch.backend.attend(query, keys, values, batch, scale)

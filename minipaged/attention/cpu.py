@@ -4,36 +4,36 @@
 heads of a token together as they lie in memory, and no sequence is padded to the length of another. A prompt is
 arithmetic more than memory, so its keys and values are gathered once and PyTorch multiplies them.
 
-Threads are Python's, each with sequences of its own: what numba compiles needs no interpreter lock. numba's own pools
-spin while they wait, as PyTorch's does, and two such pools take the cores from each other. A thread that took half the
-heads of all sequences would read half of every row, which wastes what the processor fetches ahead. One layer of
-opt-125m for 32 sequences of 512 tokens, float32, on two cores of a Zen 4 that read 29 GB/s:
-
-    one thread                                  7.4 ms    13.6 GB/s
-    two threads, half the heads each           10.4 ms     9.7 GB/s
-    numba's OpenMP pool, half the heads each    9.3 ms    10.8 GB/s
-    two threads, half the sequences each        5.0 ms    20.3 GB/s, 70 % of what the cores can read
+Each thread has sequences of its own. One that took half the heads of all sequences would read half of every row, which
+wastes what the processor fetches ahead: for 32 sequences of 512 tokens of one layer of opt-125m, float32, on two cores
+of a Zen 4, two threads took 10.4 ms with half the heads each, 5.0 ms with half the sequences each, and one thread 7.4.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload
+from numba import carray, njit
 
+from ..compiled import array_of, compiled, exp, number, on_every_thread, pointer
 from . import plain
 
 if TYPE_CHECKING:
     from . import PagedBatch
 
 WORTH_A_THREAD = 1 << 19  # bytes of keys and values, read in the time that it takes to wake another thread
+
+
+def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
+          rows: torch.Tensor | None) -> None:
+    """New keys and values into their slots; the contract is that of `minipaged.attention`."""
+    for new, blocks in ((key, keys), (value, values)):
+        compiled(place)(array_of(new), array_of(blocks), slots.numpy(), None if rows is None else rows.numpy())
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
@@ -44,50 +44,50 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
         rows = slice(*batch.starts[i:i + 2])
         output[rows] = plain.attend_one(query[rows], keys, values, batch.slots_of(i), scale)
     if batch.decodes:
-        if keys.dtype == torch.bfloat16:  # numpy has none: its bits
-            keys, values = keys.view(torch.uint16), values.view(torch.uint16)
-        arrays, shares = _plan(batch, 2 * keys[0, 0].nbytes)
-        decode = compiled()
-        _together(lambda share: decode(q.numpy(), keys.numpy(), values.numpy(), share, *arrays, np.float32(scale),
-                                       output.numpy()), shares)
+        numbers = _numbers(batch, query, keys, scale)
+        numbers[2:6] = q.data_ptr(), output.data_ptr(), keys.data_ptr(), values.data_ptr()
+        _run(keys.dtype)(numbers)
     return output.to(query.dtype)
 
 
-def _plan(batch: "PagedBatch", token_bytes: int) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
-    """What the calls in all layers of an iteration share, made at the first: where sequences and their blocks are, and
-    which sequences each thread takes, so that all have about the same number of tokens to read."""
-    if "cpu_plan" not in vars(batch):
-        context, tokens = batch.context_lens, sum(batch.context_lens[i] for i in batch.decodes)
-        count = min(torch.get_num_threads(), len(batch.decodes), 1 + tokens * token_bytes // WORTH_A_THREAD)
-        order, turn = sorted(batch.decodes, key=lambda i: -context[i]), 2 * count
-        shares = [order[k::turn] + order[turn - 1 - k::turn] for k in range(count)]  # there and back: 0 1 2 2 1 0 0 …
-        arrays = np.array(batch.starts), batch.block_tables.numpy(), np.array(context)
-        vars(batch)["cpu_plan"] = arrays, [np.array(share) for share in shares]
-    return vars(batch)["cpu_plan"]
+def _numbers(batch: "PagedBatch", query: torch.Tensor, keys: torch.Tensor, scale: float) -> np.ndarray:
+    """What `_run` takes, made at the first layer of an iteration and used in all."""
+    if "cpu_numbers" not in vars(batch):
+        shares = _shares(batch, 2 * keys[0, 0].nbytes)
+        numbers = np.array([len(shares), 0, 0, 0, 0, 0, batch.block_tables.data_ptr(), *query.shape, *keys.shape[:3],
+                            *batch.block_tables.shape, np.float64(scale).view(np.int64), *batch.starts,
+                            *batch.context_lens, 0, *accumulate(map(len, shares)), *sum(shares, [])])
+        numbers[1] = len(numbers)
+        vars(batch)["cpu_numbers"] = numbers
+    return vars(batch)["cpu_numbers"]
 
 
-def _together(run: Callable[[np.ndarray], None], shares: list[np.ndarray]) -> None:
-    """Run every share in a thread, the first in this one."""
-    others = [_threads(len(shares) - 1).submit(run, share) for share in shares[1:]]
-    run(shares[0])
-    for other in others:
-        other.result()
+def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[int]]:
+    """Which sequences each thread takes, so that all have about the same number of tokens to read."""
+    context, tokens = batch.context_lens, sum(batch.context_lens[i] for i in batch.decodes)
+    count = min(torch.get_num_threads(), len(batch.decodes), 1 + tokens * token_bytes // WORTH_A_THREAD)
+    order, turn = sorted(batch.decodes, key=lambda i: -context[i]), 2 * count
+    return [order[k::turn] + order[turn - 1 - k::turn] for k in range(count)]  # there and back: 0 1 2 2 1 0 0 …
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "minipaged-attention")
+def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
+    """`decode` in threads, for a cache of this type: what takes an iteration's numbers, each thread its share."""
+    element, over_blocks = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], compiled(decode)
 
+    @njit(nogil=True)
+    def share(n, part):
+        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[7:15]
+        query = carray(pointer(n[2]), (tokens, heads, head_dim), np.float32)
+        output = carray(pointer(n[3]), (tokens, heads, head_dim), np.float32)
+        keys = carray(pointer(n[4]), (blocks, block_size, kv_heads, head_dim), element)
+        values = carray(pointer(n[5]), (blocks, block_size, kv_heads, head_dim), element)
+        block_tables = carray(pointer(n[6]), (sequences, longest), np.int64)
+        starts, context_lens, cuts = n[16:], n[17 + sequences:], n[17 + 2 * sequences:]
+        over_blocks(query, keys, values, cuts[n[0] + 1:][cuts[part]:cuts[part + 1]], starts, block_tables,
+                    context_lens, np.float32(n[15:16].view(np.float64)[0]), output)
 
-def _number(bits: float) -> float:
-    """An element of the cache as a number: a bfloat16 is the upper half of a float32."""
-
-
-@overload(_number)
-def _number_of_type(bits):
-    if bits == types.uint16:
-        return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-    return lambda bits: bits
+    return on_every_thread(share)
 
 
 def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: np.ndarray, starts: np.ndarray,
@@ -122,33 +122,29 @@ def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: n
                 for h in range(heads):
                     score = np.float32(0)
                     for d in range(head_dim):
-                        score += q[h, d] * _number(keys[block, t, h // group, d])
+                        score += q[h, d] * number(keys[block, t, h // group, d])
                     a[h, t] = score * scale
             for h in range(heads):
-                new_largest = max(largest[h], a[h, :filled].max())
-                shrink = math.exp(largest[h] - new_largest)
-                largest[h] = new_largest
-                total[h] *= shrink
-                o[h] *= shrink
+                new_largest, added = largest[h], np.float32(0)
                 for t in range(filled):
-                    a[h, t] = math.exp(a[h, t] - new_largest)
-                    total[h] += a[h, t]
+                    new_largest = max(new_largest, a[h, t])
+                for t in range(filled):
+                    a[h, t] = exp(a[h, t] - new_largest)
+                    added += a[h, t]
+                shrink = exp(largest[h] - new_largest)
+                largest[h], total[h] = new_largest, total[h] * shrink + added
+                o[h] *= shrink
             for t in range(filled):
                 for h in range(heads):
                     for d in range(head_dim):
-                        o[h, d] += a[h, t] * _number(values[block, t, h // group, d])
+                        o[h, d] += a[h, t] * number(values[block, t, h // group, d])
         for h in range(heads):
             o[h] /= total[h]
 
 
-@cache
-def compiled() -> Callable[..., None]:
-    """`decode`, compiled once for each type that it meets, and kept on disk for the next process where that is allowed.
-
-    Sums may be taken in any order, which lets the compiler take them eight or sixteen at a time; infinities stay.
-    """
-    options = dict(nogil=True, fastmath={"reassoc", "contract"})
-    try:
-        return njit(cache=True, **options)(decode)
-    except RuntimeError:  # neither the package's folder nor the user's takes files
-        return njit(**options)(decode)
+def place(new: np.ndarray, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray | None) -> None:
+    """New keys or values [tokens, kv_heads, head_dim] into slots of the blocks [blocks, block_size, kv_heads, head_dim];
+    the first token, or that of the first row, goes to the first slot."""
+    for i in range(len(slots)):
+        block, offset = divmod(slots[i], blocks.shape[1])
+        blocks[block, offset] = new[i if rows is None else rows[i]]

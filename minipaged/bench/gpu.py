@@ -119,7 +119,7 @@ class Paged:
     def __call__(self) -> torch.Tensor:
         """All layers; the output of the last, Tensor [batch, heads, head_dim]."""
         for layer in range(self.shape.layers):
-            out = self.backend.attend(self.query, *self.cache.layer(layer), self.batch, self.shape.head_dim ** -0.5)
+            out = self.backend.attend(self.query, *self.cache.layers[layer], self.batch, self.shape.head_dim ** -0.5)
         return out
 
     def contiguous(self) -> Callable[[], torch.Tensor]:

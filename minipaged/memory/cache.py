@@ -44,6 +44,8 @@ class KVCache:
     ----------
     data : Tensor [layers, 2 (key, value), blocks, block_size, kv_heads, head_dim]
         The one chunk; ``data.nbytes`` are its bytes.
+    layers : list[tuple[Tensor, Tensor]]
+        Key and value tensor of each layer, views of the chunk, each [blocks, block_size, kv_heads, head_dim].
     host : Tensor [layers, 2, host blocks, block_size, kv_heads, head_dim]
         The same in main memory, for swapped-out blocks (§4.5); page-locked beside a GPU, which copies from such alone
         at full speed.
@@ -56,13 +58,9 @@ class KVCache:
         self.block_size, self.moves = block_size, moves or PLAIN
         per_block = block_size, num_kv_heads, head_dim
         self.data = torch.empty(num_layers, 2, num_blocks, *per_block, dtype=dtype, device=device)
+        self.layers = [tuple(layer) for layer in self.data]
         self.host = torch.empty(num_layers, 2, num_host_blocks, *per_block, dtype=dtype,
                                 pin_memory=device.type == "cuda" and num_host_blocks > 0)
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value tensor of a layer, each [blocks, block_size, kv_heads, head_dim]."""
-        keys, values = self.data[index]
-        return keys, values
 
     def copy_blocks(self, pairs: Pairs) -> None:
         """All copy-on-write copies of an iteration in one call (§5.1 "fused block copy").
