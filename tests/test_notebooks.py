@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,25 @@ def test_committed_notebook_is_fit(path: Path) -> None:
 
 def test_every_notebook_gives_its_stored_outputs() -> None:
     assert (done := strict_nbval(NOTEBOOKS)).returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("name", "moves"), [
+    ("09_the_papers_evaluation", [("rate", 0.25), ("memory", 0.5)]),
+    ("10_ablations", [("block_size", 4), ("sequences", "6 beams")])])
+def test_a_slider_is_answered_soon(name: str, moves: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds for the slowest moves; here thrice that, of processor time, so that only a real loss counts."""
+    monkeypatch.chdir(NOTEBOOKS)
+    there: dict[str, Any] = {}
+    for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and (cell.source.startswith("import ") or "class Explorer" in cell.source):
+            exec(cell.source, there)
+    explorer = there["explorer"]
+    for slider, value in moves:
+        before, shown = time.process_time(), explorer.picture.value
+        getattr(explorer, slider).value = value
+        took = time.process_time() - before
+        assert explorer.picture.value != shown and took < 6, f"{slider} at {value}: {took:.1f} s"
+    explorer.close()
 
 
 def stored(path: Path, *cells: str) -> Any:

@@ -14,6 +14,7 @@ import pytest
 
 from minipaged import reproduce
 from minipaged.cli import main
+from minipaged.errors import InvalidConfig
 from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, costs, memory, paper, serving
 from minipaged.reproduce.sheet import Curves, Figure, Job, Number, Sheet
 from minipaged.simulate.clock import Outcome
@@ -45,10 +46,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_files_are_the_same_every_time(tmp_path: Path) -> None:
     """Each in a process of its own, so that hash seeds and clocks differ."""
     for name in ("first", "second"):
-        subprocess.run([sys.executable, "-m", "minipaged.cli", "reproduce", "table1", "fig8", "--out",
+        subprocess.run([sys.executable, "-m", "minipaged.cli", "reproduce", "table1", "fig11", "--out",
                         str(tmp_path / name)], check=True, capture_output=True)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert files == [f"{name}.{kind}" for name in ("fig08", "table1") for kind in ("csv", "png", "svg")]
+    assert files == [f"{name}.{kind}" for name in ("fig11", "table1") for kind in ("csv", "png", "svg")]
     for name in files:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
@@ -119,11 +120,30 @@ def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.Mo
                     lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
     monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
     monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
-    begun = time.monotonic()
-    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 130
+    begun, before = time.monotonic(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        assert main(["reproduce", "all", "--out", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun < 40, "the run that was under way was stopped"
     assert [row["ours"] for row in rows(tmp_path / "fig02.csv")] == ["3"]
     assert "Interrupted: 1 of its runs are missing" in capsys.readouterr().out
+
+
+def _fail(_: int) -> int:
+    raise InvalidConfig("a pool of no block; give one")
+
+
+def test_an_error_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(_fail, (0,))},
+                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
+    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 2
+    assert [row["ours"] for row in rows(tmp_path / "fig02.csv")] == ["3"]
+    said = capsys.readouterr()
+    assert "1 of its runs are missing" in said.out and "give one" in said.err and "Traceback" not in said.err
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -140,7 +160,7 @@ def test_a_curve_goes_on_until_it_is_past_the_level(monkeypatch: pytest.MonkeyPa
     points = serving.curve("fig12c", "Orca (Max)", 60)
     assert asked[0] == ("OPT-175B", "ShareGPT", 15), "a quarter of an hour, as in the paper"
     rates = [x for x, _ in points]
-    assert rates[:len(papers)] == papers and rates[-1] == pytest.approx(papers[-1] * 1.1**(len(rates) - len(papers)))
+    assert rates[:len(papers)] == papers and rates[-1] == pytest.approx(papers[-1] * 1.05**(len(rates) - len(papers)))
     assert points[-2][1] < 0.5 <= points[-1][1] and serving.crossing(points, 0.5) == pytest.approx(1.25, rel=0.01)
 
 

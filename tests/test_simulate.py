@@ -10,6 +10,7 @@ import pytest
 
 from minipaged.errors import InvalidConfig, RequestTooLarge
 from minipaged.reproduce.paper import curves
+from minipaged.reproduce.serving import PANELS
 from minipaged.simulate import workloads
 from minipaged.simulate.clock import Iteration, outcome, run, serve
 from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, SWAP_IN, SWAP_OUT, Cost, Work
@@ -124,34 +125,43 @@ def test_the_cost_grows_with_each_part_of_the_work() -> None:
     assert cost.seconds(Work(0, 0, 0)) == 0
 
 
+def test_bytes_are_swapped_while_the_model_computes() -> None:
+    cost, block = Cost(SERVERS["OPT-13B"]), 16 * 819_200
+    computing = cost.seconds(Work(8, 8, 3200))
+    for which, transfer in (("swapped_in", SWAP_IN), ("swapped_out", SWAP_OUT)):
+        few, many = (cost.seconds(Work(8, 8, 3200, **{which: blocks})) for blocks in (4, 400))
+        assert few == pytest.approx(computing + transfer.per_copy * 2 * 40 * 4), "only to begin the copies takes time"
+        assert many == pytest.approx(transfer.per_copy * 2 * 40 * 400 + 400 * block / transfer.bandwidth)
+        alone = cost.seconds(Work(0, 0, 0, **{which: 4}))
+        assert alone == pytest.approx(transfer.per_copy * 2 * 40 * 4 + 4 * block / transfer.bandwidth)
+    four = Cost(SERVERS["OPT-66B"])
+    share = 4000 * 16 * four.server.model.kv_bytes / 4 / SWAP_IN.bandwidth
+    assert four.seconds(Work(1, 1, 9, swapped_in=4000)) == pytest.approx(SWAP_IN.begin(4000, 64) + share), "its share"
+
+
 def test_the_constants_fit_the_points_that_they_name() -> None:
-    """Each constant of `cost.py` says to what it is fitted; here it is."""
+    """Each constant of `cost.py` says to what it is fitted; here it is, but for the loads below."""
     cost, kv_bytes = Cost(SERVERS["OPT-13B"]), SERVERS["OPT-13B"].model.kv_bytes
-    batch, rate = np.array(curves("fig1 throughput")["Throughput"][1:]).T
-    _, empty = np.polyfit(batch, batch / rate, 1)
-    assert cost.seconds(Work(1, 1, 0)) - cost.engine.per_sequence == pytest.approx(empty, rel=0.01)
     recompute = fmean(ms for _, ms in curves("fig19a")["Recompute"]) / 1000
     assert cost.seconds(Work(1, 256, 0)) == pytest.approx(recompute, rel=0.01)
-    kernel = dict(curves("fig18a")["vLLM (bs 32)"])
-    per_token = 40 * (kernel[256] - kernel[128]) * 1e-6 / (32 * 128)
-    assert cost.seconds(Work(1, 1, 1001)) - cost.seconds(Work(1, 1, 1)) == pytest.approx(1000 * per_token, rel=0.01)
     for name, transfer in (("Swap in", SWAP_IN), ("Swap out", SWAP_OUT)):
         for size in (1, 256):
-            seconds = transfer.seconds(256 // size, size * kv_bytes, 40)
+            seconds = transfer.begin(256 // size, 40) + transfer.move(256 * kv_bytes)
             assert 1000 * seconds == pytest.approx(dict(curves("fig19a")[name])[size], rel=0.01)
 
 
-@pytest.mark.parametrize(("panel", "server", "workload", "system", "points", "seconds"), [
-    ("fig12a", "OPT-13B", "ShareGPT", "FasterTransformer", 1, 3600),
-    ("fig12b", "OPT-66B", "ShareGPT", "FasterTransformer", 1, 3600),
-    ("fig12c", "OPT-175B", "ShareGPT", "FasterTransformer", 1, 900), ("fig12b", "OPT-66B", "ShareGPT", "vLLM", 2, 3600),
-    ("fig12d", "OPT-13B", "Alpaca", "vLLM", 1, 120)])
-def test_the_constants_fit_the_low_loads_that_they_name(panel: str, server: str, workload: str, system: str,
-                                                        points: int, seconds: float) -> None:
-    """Within 10 %: a few constants go through all of them."""
-    ratios = [serve(system, arrivals(workload, rate, seconds), server).latency / latency
-              for rate, latency in curves(panel)[system][:points]]
-    assert fmean(ratios) == pytest.approx(1, abs=0.1), ratios
+@pytest.mark.parametrize(("panel", "system", "points", "seconds"), [
+    ("fig12a", "FasterTransformer", 1, 3600), ("fig12b", "FasterTransformer", 1, 3600),
+    ("fig12c", "FasterTransformer", 1, 900), ("fig12a", "vLLM", 2, 900), ("fig12b", "vLLM", 2, 1800),
+    ("fig12c", "vLLM", 1, 900), ("fig12d", "vLLM", 1, 60), ("fig12e", "vLLM", 1, 60), ("fig12f", "vLLM", 1, 60),
+    ("fig12a", "Orca (Max)", 1, 3600), ("fig12b", "Orca (Pow2)", 1, 3600), ("fig12c", "Orca (Max)", 1, 900),
+    ("fig12d", "Orca (Pow2)", 1, 60), ("fig12e", "Orca (Max)", 1, 600), ("fig12f", "Orca (Max)", 1, 60)])
+def test_the_constants_fit_the_lightest_loads(panel: str, system: str, points: int, seconds: float) -> None:
+    """Within 12 %: a few constants go through all of them."""
+    server, workload = PANELS[panel]
+    for rate, latency in curves(panel)[system][:points]:
+        ours = serve(system, arrivals(workload, rate, seconds), server).latency
+        assert ours == pytest.approx(latency, rel=0.12), (rate, ours / latency)
 
 
 def test_more_and_faster_gpus() -> None:
@@ -201,7 +211,8 @@ def test_requests_are_the_first_of_the_data_set_in_another_order() -> None:
 
 # ---- what cannot be served -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("rate", "seconds"), [(0, 60), (1, 0), (-1, 60), (0.0001, 1)])
+@pytest.mark.parametrize(("rate", "seconds"), [(0, 60), (1, 0), (-1, 60), (0.0001, 1), (float("nan"), 60),
+                                              (1, float("nan")), (1, float("inf")), (1e9, 3600), (0.5, 1e-9)])
 def test_a_rate_or_time_without_requests_is_named(rate: float, seconds: float) -> None:
     with pytest.raises(InvalidConfig, match="give"):
         arrivals("ShareGPT", rate, seconds)
@@ -231,7 +242,7 @@ def test_what_cannot_be_served_is_named(system: str, options: dict[str, int], er
 # ---- all five --------------------------------------------------------------------------------------------------------
 
 def test_the_order_of_the_systems_is_the_papers() -> None:
-    requests = arrivals("ShareGPT", 1.0, 900)
+    requests = arrivals("ShareGPT", 1.0, 450)
     at_one = {system: serve(system, requests, batch=5).latency for system in SYSTEMS}
     assert sorted(at_one, key=at_one.get, reverse=True) == list(SYSTEMS), at_one
     assert at_one["vLLM"] < 0.05, "vLLM is far from its limit"

@@ -47,8 +47,8 @@ def chosen(names: Iterable[str]) -> list[str]:
 def reproduce(names: Iterable[str], out: Path, minutes: float = MINUTES) -> dict[str, Sheet]:
     """Make figures: write each as .svg, .png and .csv and print its numbers beside the paper's.
 
-    The jobs of all figures run on all processors. A figure is written as soon as its jobs are done; after Ctrl-C those
-    that were begun are written with what there is.
+    The jobs of all figures run on all processors. A figure is written as soon as its jobs are done; if Ctrl-C or an
+    error ends them, those that were begun are written with what there is.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def reproduce(names: Iterable[str], out: Path, minutes: float = MINUTES) -> dict
             for name in figures.keys() - sheets.keys():
                 if all(job in done for job in plans[name].values()):
                     finish(name)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception):  # whatever ends it: what was computed is kept
         for name in figures.keys() - sheets.keys():
             if any(job in done for job in plans[name].values()):
                 finish(name)

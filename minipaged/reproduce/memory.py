@@ -12,6 +12,7 @@ from ..simulate.systems import make_system
 from ..simulate.usage import Usage
 from ..simulate.workloads import Request, arrivals
 from .paper import curves, printed
+from .serving import BASIS
 from .sheet import COUNTED, GIVEN, Bars, Curves, Figure, Job, Number, Sheet, Stacks
 
 SYSTEMS = ALL_SYSTEMS[1:]  # those with a pool
@@ -73,17 +74,16 @@ def figure_1(found: dict[Any, float]) -> Sheet:
     slope = {name: (points[-1][1] - 26) / points[-1][0] for name, points in paper.items()}
     numbers = [Number(f"GB per request, {name}", (points[-1][1] - 26.0) / points[-1][0], slope[name], COUNTED)
                for name, points in ours.items()]
-    basis = "an empty batch's time is fitted to these points; what each request adds is predicted"
     context = slope["vLLM"] * 1e9 / OPT_13B.kv_bytes
     throughput = [(batch, batch / Cost(SERVER).seconds(Work(batch, batch, round(batch * context))))
                   for batch in BATCHES]
     theirs = dict(rates["Throughput"])
-    numbers += [Number(f"tokens/s with {batch} requests", dict(throughput)[batch], theirs[batch], basis)
+    numbers += [Number(f"tokens/s with {batch} requests", dict(throughput)[batch], theirs[batch], BASIS)
                 for batch in (8, 40)]
     return Sheet("Figure 1: OPT-13B on an A100 with 40 GB", [
         Stacks("Memory", "GB", ("parameters", "KV cache", "others"), {"OPT-13B": (None, (26, 12, 2))}, GIVEN),
         Curves("Memory in use", "running requests", "GB", ours, paper, COUNTED, top=48),
-        Curves("Throughput", "running requests", "tokens/s", {"Throughput": throughput}, rates, basis)], numbers,
+        Curves("Throughput", "running requests", "tokens/s", {"Throughput": throughput}, rates, BASIS)], numbers,
         ["Existing systems reserve 2048 slots per request; 2048 x 800 KiB = 1.68 GB.",
          f"Throughput: each request reads {context:.0f} tokens, as many as the paper's memory panel holds for it."])
 

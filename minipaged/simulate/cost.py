@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import log2
 from typing import NamedTuple
 
 MS, US = 1e-3, 1e-6
@@ -89,29 +90,32 @@ LLAMA_13B = Model("LLaMA-13B", 5120, 40, 26e9)
 SERVERS = {"OPT-13B": Server(OPT_13B, A100_40GB, 1, 15_744), "OPT-66B": Server(OPT_66B, A100_40GB, 4, 9_700),
            "OPT-175B": Server(OPT_175B, A100_80GB, 8, 60_100), "LLaMA-13B": Server(LLAMA_13B, A100_40GB, 1, 15_744)}
 
-WEIGHTS = 0.80  # share of the bandwidth. Fitted: FasterTransformer's first points in Figure 12a, b and c
-FLOPS = 0.65  # share of the arithmetic. Fitted: Figure 19a, recomputation of 256 tokens
-KEYS_AND_VALUES = 0.50  # share of the bandwidth. Fitted: Figure 18a's slope, 32 requests, context 128 to 256
-# What a block costs the attention kernel beyond its bytes, in tokens of reading, at sizes below the paper's 16. Fitted:
-# Figure 18b, ShareGPT, block size 8, as `minipaged reproduce` draws it.
-PER_BLOCK = 6.5
+# Share of the bandwidth. Fitted: FasterTransformer's first points in Figure 12a, b and c, which read little but weights.
+# Keys and values are taken to be read as fast. Figure 18a's kernel reads at half the bandwidth if it has OPT-13B's heads,
+# which the paper does not tell; with that, the lightest loads below are met less well.
+BANDWIDTH = 0.80
+FLOPS = 0.68  # share of the arithmetic. Fitted: Figure 19a, recomputation of 256 tokens
+# Seconds of an all-reduce per layer, for each GPU beyond the first. Fitted, with BANDWIDTH: the same three points.
+ALL_REDUCE = 0.034 * MS
+# By what share reading keys and values takes longer each time the block is halved, below the paper's 16. Fitted: Figure
+# 18b, ShareGPT, block size 8, as `minipaged reproduce` draws it.
+PER_HALVING = 0.65
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Seconds that an engine adds to an iteration: per layer; per layer and each GPU beyond the first, for its part in
-    the all-reduce; and per sequence, for sampling and bookkeeping."""
+    """Seconds that an engine adds to an iteration: per layer; per worker beyond the first, for the scheduler's message
+    to it and its answer (§4.6); and per sequence, for sampling and bookkeeping."""
 
     per_layer: float
-    per_hop: float
+    per_worker: float
     per_sequence: float
 
 
-# The paper's Orcas and vLLM are one engine (§6.1). Fitted: per layer, Figure 1's throughput, drawn on to no request;
-# per hop, vLLM's first two points in Figure 12b; per sequence, vLLM's first point in Figure 12d.
-VLLM = Engine(0.1325 * MS, 0.071 * MS, 0.335 * MS)
-# Fitted, with WEIGHTS: FasterTransformer's first points in Figure 12a, b and c.
-FASTER_TRANSFORMER = Engine(0.0, 0.034 * MS, 0.0)
+# The paper's Orcas and vLLM are one engine (§6.1). Fitted, all three at once, by least squares: the lightest loads in
+# Figure 12, which are the first point of each of the Orcas' curves and the first two of each of vLLM's.
+VLLM = Engine(0.161 * MS, 2.4 * MS, 0.331 * MS)
+FASTER_TRANSFORMER = Engine(0.0, 0.0, 0.0)
 
 
 class Transfer(NamedTuple):
@@ -120,9 +124,13 @@ class Transfer(NamedTuple):
     per_copy: float
     bandwidth: float
 
-    def seconds(self, blocks: int, block_bytes: float, layers: int) -> float:
-        """Of moving blocks, with one copy per block, layer, and key or value, as the artifact does it."""
-        return 2 * layers * blocks * self.per_copy + blocks * block_bytes / self.bandwidth
+    def begin(self, blocks: int, layers: int) -> float:
+        """Seconds to begin the copies of so many blocks: one per block, layer, and key or value, as the artifact."""
+        return 2 * layers * blocks * self.per_copy
+
+    def move(self, size: float) -> float:
+        """Seconds until so many bytes have moved."""
+        return size / self.bandwidth
 
 
 # Fitted: Figure 19a, block sizes 1 and 256.
@@ -141,29 +149,40 @@ class Cost:
     @cached_property
     def _constants(self) -> tuple[float, ...]:
         model, gpu, gpus = self.server.model, self.server.gpu, self.server.gpus
-        engine, bandwidth = self.engine, gpus * gpu.bandwidth
-        return (model.weight_bytes / (bandwidth * WEIGHTS),
+        engine, bandwidth = self.engine, gpus * gpu.bandwidth * BANDWIDTH
+        return (model.weight_bytes / bandwidth,
                 model.weight_bytes / (gpus * gpu.flops * FLOPS),  # two operations per weight, which has two bytes
-                model.kv_bytes / (bandwidth * KEYS_AND_VALUES) * self.small_blocks,
-                model.layers * (engine.per_layer + (gpus - 1) * engine.per_hop), engine.per_sequence)
+                model.kv_bytes / bandwidth * self.small_blocks,
+                model.layers * engine.per_layer + (gpus - 1) * (model.layers * ALL_REDUCE + engine.per_worker),
+                engine.per_sequence)
 
     @property
     def small_blocks(self) -> float:
-        """How much longer reading keys and values takes than in blocks of 16, where the kernel has more to look up."""
-        return 1 + PER_BLOCK * max(0.0, 1 / self.block_size - 1 / 16)
+        """How much longer reading keys and values takes than in blocks of 16.
+
+        The artifact's kernel gives a warp of 32 threads to a block, so 32 / ``block_size`` threads to a token (§5.1);
+        they add up their parts in rounds, one more each time the block is halved.
+        """
+        return 1 + PER_HALVING * max(0.0, log2(16 / self.block_size))
 
     def seconds(self, work: Work) -> float:
-        """Of one iteration."""
-        weights, per_token, per_context, base, per_sequence = self._constants
-        moved = self.swap_seconds(work.swapped_in, SWAP_IN) + self.swap_seconds(work.swapped_out, SWAP_OUT)
-        if not work.seqs:
-            return moved
-        return (max(weights, per_token * work.tokens) + per_context * (work.context + 2 * work.copied) + base
-                + per_sequence * work.seqs + moved)
+        """Of one iteration.
 
-    def swap_seconds(self, blocks: int, transfer: Transfer) -> float:
-        """Of moving blocks over PCIe; each GPU moves its share."""
-        if not blocks:
+        The thread that launches the kernels begins the copies of a swap first, one after the other. Their bytes then
+        move on a stream of their own, of which each layer awaits its part (the artifact has an event per layer), so
+        that the slower of moving and computing counts.
+        """
+        begin, moving = map(sum, zip(self._swap(work.swapped_in, SWAP_IN), self._swap(work.swapped_out, SWAP_OUT)))
+        return begin + max(moving, self._computing(work))
+
+    def _computing(self, work: Work) -> float:
+        if not work.seqs:
             return 0.0
-        model = self.server.model
-        return transfer.seconds(blocks, self.block_size * model.kv_bytes / self.server.gpus, model.layers)
+        weights, per_token, per_context, base, per_sequence = self._constants
+        return (max(weights, per_token * work.tokens) + per_context * (work.context + 2 * work.copied) + base
+                + per_sequence * work.seqs)
+
+    def _swap(self, blocks: int, transfer: Transfer) -> tuple[float, float]:
+        """Seconds to begin swapping so many blocks, and to move them over PCIe; each GPU moves its share."""
+        model, size = self.server.model, blocks * self.block_size * self.server.model.kv_bytes / self.server.gpus
+        return transfer.begin(blocks, model.layers), transfer.move(size)

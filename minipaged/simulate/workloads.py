@@ -20,6 +20,7 @@ from ..errors import InvalidConfig
 
 DATA = files("minipaged") / "data"
 MAX_LEN = 2048  # tokens that OPT and LLaMA take, prompt and output
+MOST = 10_000_000  # requests at a time, which take some gigabytes
 QUANTUM = 0.01  # seconds; the artifact's generator draws how many requests arrive in each
 
 
@@ -95,7 +96,7 @@ def arrivals(workload: str, rate: float, seconds: float, seed: int = 0) -> list[
     Raises
     ------
     InvalidConfig
-        The rate or the time is not above zero, or no request arrives in it.
+        The rate or the time is not above zero, or no request arrives in it, or more than `MOST` do.
 
     Source: §6.1, and the artifact's generator: as many pairs as requests from the beginning of the data set, shuffled.
     """
@@ -104,8 +105,11 @@ def arrivals(workload: str, rate: float, seconds: float, seed: int = 0) -> list[
 
 def requests(pairs: np.ndarray, rate: float, seconds: float, seed: int = 0) -> list[Request]:
     """As `arrivals`, with pairs of prompt and output tokens of one's own, [requests, 2]; they are used in turn."""
-    if rate <= 0 or seconds <= 0:
+    if not (rate > 0 and seconds > 0):  # nor is NaN
         raise InvalidConfig(f"{rate} requests/s for {seconds} s; give a rate and a time above zero")
+    if rate * seconds > MOST:
+        raise InvalidConfig(f"{rate} requests/s for {seconds} s are more than {MOST:,} requests; give a lower rate or "
+                            "less time")
     counts = np.random.RandomState(seed).poisson(rate * QUANTUM, round(seconds / QUANTUM))
     times = np.repeat(np.arange(len(counts)), counts) * QUANTUM
     if not len(times):
