@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from minipaged.errors import InvalidConfig, RequestTooLarge
+from minipaged.errors import InvalidConfig, InvalidParams, RequestTooLarge
 from minipaged.reproduce.paper import curves
 from minipaged.reproduce.serving import PANELS
 from minipaged.simulate import workloads
@@ -232,10 +232,12 @@ def test_a_length_that_no_model_takes_is_named(system: str, lengths: list[tuple[
     ("vLLM", {"block_size": 0}, InvalidConfig), ("FasterTransformer", {"batch": 0}, InvalidConfig),
     ("vLLM", {"blocks": 10}, RequestTooLarge),
     ("Orca (Max)", {"blocks": 100}, RequestTooLarge), ("Orca (Oracle)", {"blocks": 10}, RequestTooLarge),
-    ("vLLM", {"blocks": 70, "width": 6}, RequestTooLarge),
+    ("vLLM", {"blocks": 70, "width": 6}, RequestTooLarge), ("vLLM", {"max_num_seqs": 0}, InvalidConfig),
+    ("Orca (Max)", {"max_num_seqs": 1, "width": 2}, InvalidConfig), ("vLLM", {"blocks": 0}, RequestTooLarge),
+    ("Orca (Pow2)", {"blocks": 0}, InvalidConfig), ("vLLM", {"width": 0}, InvalidParams),
 ])
 def test_what_cannot_be_served_is_named(system: str, options: dict[str, int], error: type[Exception]) -> None:
-    with pytest.raises(error, match="give|lower"):
+    with pytest.raises(error, match="give|lower|let"):
         serve(system, [Request(0.0, 100, 180)], **options)
 
 

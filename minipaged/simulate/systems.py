@@ -265,7 +265,7 @@ def make_system(name: str, blocks: int, block_size: int = 16, width: int = 1, be
     Raises
     ------
     InvalidConfig
-        The system is unknown.
+        The system is unknown, or so few sequences may run that no request ever does.
     """
     if name == "FasterTransformer":
         return StaticBatching(batch)
@@ -275,4 +275,7 @@ def make_system(name: str, blocks: int, block_size: int = 16, width: int = 1, be
         manager, most = ContiguousSpaceManager(ESTIMATES[name], block_size, blocks), 256
     else:
         raise InvalidConfig(f"the system is {name!r}; give one of {', '.join(SYSTEMS)}")
-    return ContinuousBatching(Scheduler(manager, max_num_seqs or most, 2560, preemption), width, beams, prefix)
+    most = most if max_num_seqs is None else max_num_seqs
+    if width > most:
+        raise InvalidConfig(f"requests of {width} sequences, and {most} run at a time; let more run")
+    return ContinuousBatching(Scheduler(manager, most, 2560, preemption), width, beams, prefix)
