@@ -170,8 +170,8 @@ def test_hostile_tokens_stay_data(tmp_path: Path) -> None:
     text = (tmp_path / "view.html").read_text("utf-8")
     assert "<img" not in text and text.count("</script>") == 2 and text.count("</noscript>") == 1 and "]]>" not in text
     assert not re.search("[\u2028\u2029\u202e\ud800]", text)
-    trace = json.loads(re.search(r'id="trace">(.*?)</script>', text)[1])
-    assert base64.b64decode(trace["data"]) == view.data
+    trace = json.loads(re.search(r'id="values">(.*?)</script>', text)[1])
+    assert base64.b64decode(trace["bytes"]["data"]) == view.data
     ElementTree.fromstring(view._repr_mimebundle_()[0]["image/svg+xml"])
 
 
@@ -200,8 +200,8 @@ def test_a_bad_trace_is_named(tmp_path: Path, lines: list[str], where: str) -> N
     assert not (tmp_path / "out.html").exists()
 
 
-def test_an_empty_trace_is_named() -> None:
-    for source in ([], Trace(), figure_7()[1:]):
+def test_a_trace_that_is_empty_or_none_is_named() -> None:
+    for source in (None, [], Trace(), figure_7()[1:]):
         with pytest.raises(TraceError):
             microscope(source)
 

@@ -61,7 +61,7 @@ class View:
         return self.text
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": self.text, "image/svg+xml": self.svg, "image/png": _png.render(self.svg)}
+        return _png.bundle(self.text, self.svg)
 
 
 def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None = None) -> View:
@@ -79,7 +79,7 @@ def memory_view(source: Trace | MemoryState | Iterable[Event], step: int | None 
     TraceError
         The trace is empty or has no beginning, or the state is of another step.
     """
-    frame = frame_of(source.events if isinstance(source, Trace) else source, step)
+    frame = frame_of(source if isinstance(source, MemoryState) else events_of(source), step)
     return View(_text.render(frame), _svg.render(frame))
 
 

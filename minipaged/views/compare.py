@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import TraceError
 from ..trace import Add, Begin, Event, Sample, Start
 from . import canvas
-from .html import STILLS, check, check_pane, packed, page
+from .html import STILLS, check, check_pane, packed, write
 
 Pair = tuple[list[Event], list[Event]]
 
@@ -75,5 +75,4 @@ def save(pair: Pair, names: Rows[str], path: str | Path, step: int | None = None
     """Write both as one file that works from the disk; parameters and errors as in `side_by_side`."""
     _, step = check_pair(pair, step, pane)
     values = {"step": step, "pane": pane, "names": list(names), "data": packed(pair[0]), "other": packed(pair[1])}
-    title = " and ".join(names)
-    Path(path).write_text(page(title, values, render(pair, names, step, pane)[1]), encoding="utf-8")
+    write(path, " and ".join(names), values, render(pair, names, step, pane)[1])

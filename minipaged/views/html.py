@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import json
 import zlib
 from collections.abc import Callable, Iterable
@@ -19,6 +17,7 @@ from ..replay import states
 from ..trace import Add, Event, Sample, Start, Trace, load
 from . import sharing, sharing_svg, svg, text, timeline
 from .frame import frame_of, visible
+from .page import page
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -29,31 +28,11 @@ STILLS: dict[str, Callable[[list[Event], int | None], tuple[str, str]]] = {
     "timeline": lambda events, step: timeline.render(timeline.timeline_of(events)),
 }
 
-# In the file there is no kernel and no JupyterLab: a model that only remembers what it is told is enough.
-_STUB = """
-const page = JSON.parse(document.getElementById("trace").textContent), listeners = new Map();
-const unpacked = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-const model = {
-  values: { ...page, data: unpacked(page.data), other: unpacked(page.other ?? "") },
-  get(name) { return this.values[name]; },
-  set(name, value) {
-    if (this.values[name] === value) return;
-    this.values[name] = value;
-    listeners.get(`change:${name}`)?.forEach((listener) => listener());
-  },
-  save_changes() {},
-  on(name, listener) { listeners.set(name, [...listeners.get(name) ?? [], listener]); },
-  off() {},
-};
-render({ model, el: document.getElementById("view") });
-"""
-
-
 @cache
 def script() -> str:
     """The JavaScript of the view, one ES module."""
     fixed = f"const FIXED = {json.dumps((_STATIC / 'microscope.html').read_text('utf-8'))};\n"
-    parts = ("replay.js", "live.js", "panes.js", "sharing.js", "timeline.js", "compare.js", "microscope.js")
+    parts = ("dom.js", "replay.js", "live.js", "panes.js", "sharing.js", "timeline.js", "compare.js", "microscope.js")
     return "\n".join([fixed, *((_STATIC / name).read_text("utf-8") for name in parts)])
 
 
@@ -69,8 +48,10 @@ def events_of(source: Trace | Iterable[Event] | str | Path) -> list[Event]:
     Raises
     ------
     TraceError
-        The file is no whole trace, or there are two traces.
+        The file is no whole trace, or there are two traces, or none.
     """
+    if source is None:
+        raise TraceError("there is no trace: make the model with LLM(..., trace=Trace())")
     events = load(source) if isinstance(source, (str, Path)) else source.events if isinstance(source, Trace) else source
     events = list(events)
     for number, (before, event) in enumerate(pairwise(events), 2):
@@ -150,47 +131,9 @@ class Encoder:
         return self._texts.setdefault(visible(text), len(self._texts))
 
 
-def packed(events: list[Event]) -> str:
-    """A whole trace as text that is safe anywhere."""
-    return base64.b64encode(Encoder().piece(events)).decode("ascii")
-
-
-def page(title: str, values: dict[str, Any], still: str) -> str:
-    """The whole file.
-
-    Parameters
-    ----------
-    title : str
-        Of the page.
-    values : dict[str, Any]
-        What the widget's traits hold; everything from a trace as `packed`.
-    still : str
-        A drawing for who runs no scripts.
-    """
-    trace = json.dumps(values).replace("<", "\\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
-<title>{html.escape(title)} under the microscope</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0; }}
-{style()}</style>
-</head>
-<body class="mp-page">
-<main id="view"></main>
-<noscript>{still}</noscript>
-<script type="application/json" id="trace">{trace}</script>
-<script type="module">
-{script()}
-{_STUB}</script>
-</body>
-</html>
-"""
+def packed(events: list[Event]) -> bytes:
+    """A whole trace, in one piece."""
+    return Encoder().piece(events)
 
 
 def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: int | None = None,
@@ -203,4 +146,10 @@ def save(source: Trace | Iterable[Event] | str | Path, path: str | Path, step: i
         raise TraceError(f"step {step}: this trace has the steps 0 to {last}")
     step = busy if step is None else step
     values = {"step": step, "pane": pane, "data": packed(events)}
-    Path(path).write_text(page(events[0].model, values, STILLS[pane](events, step)[1]), encoding="utf-8")
+    write(path, events[0].model, values, STILLS[pane](events, step)[1])
+
+
+def write(path: str | Path, title: str, values: dict[str, Any], still: str) -> None:
+    """Write the file; parameters as of `page`."""
+    whole = page(f"{title} under the microscope", values, still, script(), style())
+    Path(path).write_text(whole, encoding="utf-8")

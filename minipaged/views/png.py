@@ -31,6 +31,11 @@ def render(svg: str) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def bundle(text: str, svg: str) -> dict[str, str]:
+    """What a notebook keeps of a picture: its text, its drawing, and that as pixels for who has not trusted it yet."""
+    return {"text/plain": text, "image/svg+xml": svg, "image/png": render(svg)}
+
+
 @cache
 def _fonts() -> list[str]:
     """Found without importing matplotlib, which takes a while."""

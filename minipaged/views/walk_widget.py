@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from functools import cache
 from pathlib import Path
@@ -14,35 +13,18 @@ import traitlets
 from . import png
 from .frame import visible
 from .html import style
+from .page import page
 from .walk import Walk, text, title, verdict
 from .walk_svg import render
 from .widget import keep
 
 _STATIC = Path(__file__).parent / "static"
 
-# In the file there is no kernel: a model that only remembers is enough.
-_STUB = """
-const values = JSON.parse(document.getElementById("walk").textContent), listeners = [];
-const model = {
-  get: (name) => values[name],
-  set(name, value) {
-    if (values[name] === value) return;
-    values[name] = value;
-    listeners.forEach((listener) => listener());
-  },
-  save_changes() {},
-  on: (name, listener) => listeners.push(listener),
-  off() {},
-};
-render({ model, el: document.getElementById("view") });
-"""
-
-
 @cache
 def script() -> str:
     """The JavaScript of the view, one ES module."""
-    fixed, view = ((_STATIC / name).read_text("utf-8") for name in ("walk.html", "walk.js"))
-    return f"const FIXED = {json.dumps(fixed)};\n\n{view}"
+    fixed, dom, view = ((_STATIC / name).read_text("utf-8") for name in ("walk.html", "dom.js", "walk.js"))
+    return f"const FIXED = {json.dumps(fixed)};\n\n{dom}\n{view}"
 
 
 @cache
@@ -87,7 +69,9 @@ class AttentionWalk(anywidget.AnyWidget):
 
     def to_html(self, path: str | Path) -> None:
         """Write the view, at this entry, as one file that works from the disk without any request."""
-        Path(path).write_text(page(self.record, self.at), encoding="utf-8")
+        whole = page(f"Attention walk: {title(self.record)}", {"walk": self.walk, "at": self.at},
+                     render(self.record, self.at), script(), styles())
+        Path(path).write_text(whole, encoding="utf-8")
 
     def close(self) -> None:
         """Take the view out of the notebook."""
@@ -99,8 +83,7 @@ class AttentionWalk(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        still = render(self.record, self.at)
-        return {**data, "text/plain": repr(self), "image/svg+xml": still, "image/png": png.render(still)}, metadata
+        return {**data, **png.bundle(repr(self), render(self.record, self.at))}, metadata
 
 
 def attention_walk(record: Walk, at: int | None = None, name: str | None = None) -> AttentionWalk:
@@ -121,31 +104,3 @@ def attention_walk(record: Walk, at: int | None = None, name: str | None = None)
         There is no such entry.
     """
     return keep(AttentionWalk(record, at), record, name)
-
-
-def page(walk: Walk, at: int) -> str:
-    """The whole file; what comes from the walk is in it as JSON without a ``<``, and, escaped, as the still picture."""
-    data = json.dumps(dict(walk=encode(walk), at=at)).replace("<", r"\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
-<title>Attention walk: {html.escape(title(walk))}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0; }}
-{styles()}</style>
-</head>
-<body class="mp-page">
-<main id="view"></main>
-<noscript>{render(walk, at)}</noscript>
-<script type="application/json" id="walk">{data}</script>
-<script type="module">
-{script()}
-{_STUB}</script>
-</body>
-</html>
-"""

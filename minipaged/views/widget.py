@@ -82,8 +82,7 @@ class Microscope(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        text, svg = self._still()
-        return {**data, "text/plain": text, "image/svg+xml": svg, "image/png": png.render(svg)}, metadata
+        return {**data, **png.bundle(*self._still())}, metadata
 
 
 def microscope(source: Trace | Iterable[Event] | str | Path, step: int | None = None,
@@ -152,10 +151,8 @@ def side_by_side(a: Trace | Iterable[Event] | str | Path, b: Trace | Iterable[Ev
 
     Parameters
     ----------
-    a, b : Trace, events, or the path of a trace file
-        Of traces that go on, what has happened so far.
-    names : (str, str)
-        What stands above each.
+    a, b, names : Trace, events or the path of a trace file; (str, str)
+        As in `compare_view`.
     step : int or None
         Where to begin; None: the first step at which they differ.
     pane : str

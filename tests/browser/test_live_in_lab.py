@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT, TOKEN
-from test_jupyterlab import ASK, DONE, ERRORS
+from test_jupyterlab import ASK, DONE, ERRORS, check_running_again
 from traces import NASTY
 
 from minipaged.views.frame import visible
@@ -117,15 +117,7 @@ def test_running_it_again_leaves_no_growing_set_of_widgets(notebook: Callable[..
     page = notebook(MAKE.replace("max_tokens=400", "max_tokens=3"), WATCH.replace("steps_per_second=8", ""))
     run(page)
     page.wait_for_function(DONE, timeout=300_000)
-    alive = "from ipywidgets.widgets.widget import _instances; print(len(_instances))"
-    first = page.evaluate(ASK, alive)
-    page.locator(".jp-Notebook .jp-Cell").nth(1).locator(".jp-InputArea-editor").click()
-    for _ in range(20):
-        page.keyboard.press("Control+Enter")
-    page.wait_for_timeout(500)
-    page.wait_for_function(DONE, timeout=300_000)
-    page.locator(".mp-slider").wait_for()
-    assert page.evaluate(ASK, alive) == first and page.locator(".mp").count() == 1
+    check_running_again(page)
 
 
 def test_a_notebook_that_is_not_trusted_shows_pngs(browser: Any, lab: tuple[str, Path]) -> None:

@@ -1,5 +1,5 @@
-// Draws one step of a Replay and lets one step, jump and ask. html.py puts replay.js, live.js before this, and FIXED,
-// the parts that no trace changes (microscope.html). What comes from a trace becomes text or an attribute, never markup.
+// Draws one step of a Replay and lets one step, jump and ask. html.py puts the other files before this, and FIXED, the
+// parts that no trace changes (microscope.html). What comes from a trace becomes text or an attribute, never markup.
 
 const PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"]; // as in canvas.py
 const SLOTS_PER_ROW = 4, MAX_ROWS = 48;    // beyond so many rows of slots, blocks are drawn as small cells
@@ -8,42 +8,6 @@ const MAX_TOKENS = 480, MAX_HISTORY = 40, MAX_ARROWS = 48, MAX_RUNS = 8, SYNC_MS
 const QUEUES = { running: "running", swapped: "swapped out", prefix: "kept prefixes", waiting: "waiting" };
 const LABELS = { ...QUEUES, device: "physical blocks", host: "host blocks" };
 
-function make(tag, attributes = {}, ...children) {
-  const el = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) el.setAttribute(name, value);
-  el.append(...children);
-  return el;
-}
-
-function draw(parent, tag, attributes, text = "") {
-  const el = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", tag));
-  for (const [name, value] of Object.entries(attributes)) el.setAttribute(name, value);
-  el.textContent = text;
-}
-
-/** Make the children of an element those of the items, in order; one that is there already is kept. */
-function keyed(parent, items, keyOf, create, update) {
-  const before = parent.kids ?? new Map();
-  parent.kids = new Map();
-  let next = parent.firstChild;
-  items.forEach((item, index) => {
-    const key = keyOf(item, index), el = before.get(key) ?? create(item);
-    before.delete(key);
-    parent.kids.set(key, el);
-    if (el === next) next = next.nextSibling; else parent.insertBefore(el, next);
-    update(el, item, index);
-  });
-  before.forEach((el) => el.remove());
-}
-
-/** Whether an element must be drawn anew; in a step, most are as they were. */
-function changed(el, ...facts) {
-  const now = JSON.stringify(facts), is = now !== el.facts;
-  el.facts = now;
-  return is;
-}
-
-const plural = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const colour = (seq) => PALETTE[seq % PALETTE.length];
 const called = (place) => place.replace("device", "block").replace("host", "host block");
 
@@ -184,7 +148,7 @@ function show(root, model, replay, fail) {
 
     root.dataset.step = slider.value = step;
     root.classList.toggle("mp-detailed", now.detailed);
-    find("step").textContent = `step ${step} of ${replay.last}`;
+    say(find("step"), `step ${step} of ${replay.last}`);
     find("cursor").setAttribute("x", x(step));
     if (moved) said.textContent = told(state, of);
     panes.draw(now);
@@ -193,25 +157,25 @@ function show(root, model, replay, fail) {
     for (const panel of root.querySelectorAll("[data-panel]")) {
       if (!panel.querySelector('[tabindex="0"]')) panel.querySelector("[data-go]")?.setAttribute("tabindex", "0");
     }
+    relink(moved); // at the end: it asks where things are, and the browser then lays the page out once
     if (had && !root.contains(document.activeElement)) slider.focus({ preventScroll: true }); // what had it is gone
   }
 
-  function drawMemory({ moved, drawn }) {
+  function drawMemory({ drawn }) {
     for (const [queue, seqs] of Object.entries(now.queues)) {
       boxes[queue].hidden = !seqs.length && (queue === "prefix" || (queue === "swapped" && !replay.jumps.swap.length));
-      boxes[queue].firstChild.textContent = `${QUEUES[queue]}: ${seqs.length}`;
+      say(boxes[queue].firstChild, `${QUEUES[queue]}: ${seqs.length}`);
       keyed(boxes[queue].lastChild, seqs, (seq) => seq, newSequence, (row, seq) => drawSequence(row, seq, queue));
     }
     for (const [pool, blocks] of Object.entries(drawn)) {
       const used = blocks.filter((block) => now.readers.has(`${pool} ${block}`)).length;
       const rest = state.total[pool] - blocks.length;
       boxes[pool].hidden = pool === "host" && !blocks.length;
-      boxes[pool].firstChild.textContent = `${LABELS[pool]}: ${used} of ${state.total[pool]} in use, `
+      say(boxes[pool].firstChild, `${LABELS[pool]}: ${used} of ${state.total[pool]} in use, `
         + `${plural(state.size, "slot")} each${freeList(pool, blocks)}`
-        + (rest ? `; ${rest} not drawn, as this trace never uses them` : "");
+        + (rest ? `; ${rest} not drawn, as this trace never uses them` : ""));
       keyed(boxes[pool].lastChild, blocks, (block) => block, (block) => newBlock(`${pool} ${block}`), drawBlock);
     }
-    drawLinks(moved);
   }
 
   function blocksOf(pool) {
@@ -249,7 +213,8 @@ function show(root, model, replay, fail) {
   }
 
   const newSequence = (seq) => make("div", { class: "mp-seq", "data-seq": seq, style: `--c: ${colour(seq)}` },
-    make("button", { class: "mp-name", tabindex: -1, "data-go": `seq ${seq}` }), make("div", { class: "mp-table" }));
+    make("button", { class: "mp-name", tabindex: -1, "data-go": `seq ${seq}` }, make("b"), " ", make("span")),
+    make("div", { class: "mp-table" }));
   const newSpan = (name) => make("span", { class: `mp-${name}` });
   const newEntry = () => make("button", { class: "mp-entry", tabindex: -1 },
     make("i"), ...["to", "filled", "slots"].map(newSpan));
@@ -266,8 +231,12 @@ function show(root, model, replay, fail) {
     const room = blocks.length ? ` in ${plural(blocks.length, "block")}` : "";
     const size = plural(state.length.get(seq), "token") + room;
     row.classList.toggle("mp-on", isShown(`seq ${seq}`, ...blocks.map((_, logical) => state.place(seq, logical))));
-    if (changed(head, state.name(seq), size, news)) {
-      head.replaceChildren(make("b", {}, state.name(seq)), ` ${size}`, ...news.map((text) => make("em", {}, text)));
+    if (changed(head, state.name(seq), size, news, news.length && now.step)) {
+      say(head.firstChild, state.name(seq));
+      head.childNodes[1].data = ` ${size}`;
+      if (changed(head.lastChild, news, news.length && now.step)) { // what is new appears anew
+        head.lastChild.replaceChildren(...news.map((text) => make("em", {}, text)));
+      }
       head.setAttribute("aria-label", [`sequence ${state.name(seq)}, ${QUEUES[queue]}`, size, ...news].join(", "));
     }
     keyed(table, blocks, (_, logical) => logical, newEntry, (entry, block, logical) => {
@@ -277,7 +246,7 @@ function show(root, model, replay, fail) {
       if (now.detailed) drawSlots(entry.lastChild, [seq, logical]);
       if (!changed(entry, place, filled)) return;
       entry.dataset.go = place;
-      [logical, block, filled].forEach((fact, i) => { entry.children[i].textContent = fact; });
+      [logical, block, filled].forEach((fact, i) => say(entry.children[i], fact));
       entry.ariaLabel = `logical block ${logical} in ${called(place)}, ${filled} of ${state.size} filled`;
     });
   }
@@ -293,9 +262,10 @@ function show(root, model, replay, fail) {
     if (!changed(cell, names, filled, mark, on, fresh, now.detailed)) return;
     const flags = [!refs && "free", on && "on", mark, fresh && "fresh"].filter(Boolean);
     cell.className = ["mp-block", ...flags.map((flag) => `mp-${flag}`)].join(" ");
-    cell.style.cssText = refs ? `--c: ${colour(readers[0][0])}; --fill: ${(100 * filled) / state.size}%` : "";
-    cell.children[1].textContent = now.detailed ? names.join(" ") || "free" : refs ? state.name(readers[0][0]) : "";
-    cell.children[2].textContent = refs > 1 ? `×${refs}` : "";
+    if (changed(cell.style, refs && readers[0][0])) cell.style.cssText = refs ? `--c: ${colour(readers[0][0])}` : "";
+    cell.style.backgroundSize = refs ? `${(100 * filled) / state.size}%` : ""; // --fill would reach all that is in it
+    say(cell.children[1], now.detailed ? names.join(" ") || "free" : refs ? state.name(readers[0][0]) : "");
+    say(cell.children[2], refs > 1 ? `×${refs}` : "");
     const use = `${filled} of ${state.size} slots filled, reference count ${refs}, read by ${names.join(" ")}`;
     const moved = { src: ", given up in this step", dst: ", taken in this step" }[mark] ?? "";
     cell.setAttribute("aria-label", `${called(place)}, ${refs ? use : "free"}${moved}`);
@@ -330,22 +300,28 @@ function show(root, model, replay, fail) {
   function sequenceDetails(seq) {
     const { tokens, prompt } = state.about.get(seq), length = state.length.get(seq);
     const stored = state.tables.has(seq) ? state.stored.get(seq) : 0, first = Math.max(0, length - MAX_TOKENS);
-    const text = make("p", { class: "mp-text", style: `--c: ${colour(seq)}` });
+    const items = [];
     for (let at = first; at < length; at++) {
       const offset = at % state.size, place = at < stored ? state.place(seq, (at - offset) / state.size) : null;
-      const where = `position ${at}: ${place ? `${called(place)}, slot ${offset}` : "no keys and values yet"}`;
-      if (place && (at === first || !offset)) text.append(" ", make("small", {}, place.replace("device ", "")), " ");
-      const token = make(place ? "button" : "span", { class: "mp-token", title: where }, tokens[at]);
-      if (place) {
-        token.className += ` ${styleOf(seq, at)}`;
-        token.dataset.go = place;
-        token.tabIndex = -1;
-      }
-      text.append(token);
+      if (place && (at === first || !offset)) items.push({ key: `block ${at}`, place });
+      items.push({ key: `${place ? "" : "new "}${at}`, at, offset, place });
+    }
+    let [head, text] = details.children;
+    if (text?.seq !== seq) {
+      [head, text] = [make("h4"), make("p", { class: "mp-text", style: `--c: ${colour(seq)}` })];
+      text.seq = seq;
+      details.replaceChildren(head, text);
     }
     const note = first ? `; the first ${first} are not shown` : "", size = plural(prompt, "prompt token");
-    const title = `sequence ${state.name(seq)}: ${size}, ${length - prompt} generated${note}`;
-    details.replaceChildren(make("h4", {}, title), text);
+    say(head, `sequence ${state.name(seq)}: ${size}, ${length - prompt} generated${note}`);
+    const create = ({ at, place }) => (at === undefined ? make("small") : place
+      ? make("button", { tabindex: -1 }, tokens[at]) : make("span", { class: "mp-token" }, tokens[at]));
+    keyed(text, items, ({ key }) => key, create, (el, { at, offset, place }) => {
+      if (at === undefined) return say(el, place.replace("device ", ""));
+      if (!changed(el, place, place && styleOf(seq, at))) return;
+      el.title = `position ${at}: ${place ? `${called(place)}, slot ${offset}` : "no keys and values yet"}`;
+      if (place) [el.className, el.dataset.go] = [`mp-token ${styleOf(seq, at)}`, place];
+    });
   }
 
   // ---- links from the block tables, and arrows along which something moved --------------------------------------
@@ -361,19 +337,22 @@ function show(root, model, replay, fail) {
     const links = [];
     for (const [place, readers] of now.readers) {
       for (const [seq, logical] of readers) {
-        const on = isShown(`seq ${seq}`, place);
-        if (now.detailed || on) links.push({ seq, on, a: spot(`${seq}:${logical}`, 1), b: spot(place, 0) });
+        const on = isShown(`seq ${seq}`, place), name = `${seq}:${logical}`;
+        if (now.detailed || on) links.push({ name, seq, on, a: spot(name, 1), b: spot(place, 0) });
       }
     }
     const forks = now.forks.filter(([from, to]) => now.places.has(from) && now.places.has(to)); // some end at once
     const moves = [...now.moves, ...forks].slice(0, MAX_ARROWS).map(([from, to, what]) => (
       { a: spot(from, what === "fork" ? 1 : aside), b: spot(to, what === "fork" ? 1 : aside), what }));
     const [below, above] = [find("links"), find("moves")];
-    for (const layer of [below, above]) layer.replaceChildren();
-    for (const { seq, on, a: [x1, y1], b: [x2, y2] } of links) {
-      const pull = Math.max(24, (x2 - x1) / 2), d = `M${x1} ${y1}C${x1 + pull} ${y1} ${x2 - pull} ${y2} ${x2} ${y2}`;
-      draw(below, "path", { d, class: on ? "mp-on" : now.shown ? "mp-dim" : "", style: `--c: ${colour(seq)}` });
-    }
+    keyed(below, links, ({ name }) => name, ({ seq }) => drawn("path", { style: `--c: ${colour(seq)}` }), (path, link) => {
+      const { on, a: [x1, y1], b: [x2, y2] } = link, pull = Math.max(24, (x2 - x1) / 2);
+      const d = `M${x1} ${y1}C${x1 + pull} ${y1} ${x2 - pull} ${y2} ${x2} ${y2}`;
+      if (!changed(path, d, on, now.shown)) return;
+      path.setAttribute("d", d);
+      path.setAttribute("class", on ? "mp-on" : now.shown ? "mp-dim" : "");
+    });
+    above.replaceChildren();
     moves.forEach(({ a: [x1, y1], b: [x2, y2], what }, i) => {
       const [mx, my] = [(x1 + x2) / 2 + 30, (y1 + y2) / 2], turn = (180 / Math.PI) * Math.atan2(y2 - my, x2 - mx);
       for (const kind of ["halo", moved ? "move mp-moving" : "move"]) {
@@ -385,9 +364,9 @@ function show(root, model, replay, fail) {
     });
   }
 
-  const relink = () => { if (panes.open() === "memory") drawLinks(false); };
-  const sized = new ResizeObserver(relink);
-  body.addEventListener("scroll", relink, { capture: true, passive: true });
+  const relink = (moved = false) => { if (panes.open() === "memory") drawLinks(moved); };
+  const sized = new ResizeObserver(() => relink());
+  body.addEventListener("scroll", () => relink(), { capture: true, passive: true });
   const panes = tabs(root, model, { replay, go, choose: (name) => panes.choose(name) }, drawMemory);
   const showPace = liveBar(root, model, replay);
 

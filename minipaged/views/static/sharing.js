@@ -38,8 +38,9 @@ function treeOf(replay, now) {
     node?.ends.push({ seq, text: end(seq) });
   }
   for (const [seq, blocks] of state.tables) grow(seq, blocks.map((_, i) => state.place(seq, i)), state.stored.get(seq));
+  const born = new Set(of("fork").map(([, , , seq]) => seq)); // who also ended held nothing while the model ran
   for (const [, seq, blocks, host] of freed) {
-    if (!state.tables.has(seq)) grow(seq, blocks.map((block) => `${host ? "host" : "device"} ${block}`), stored.get(seq));
+    if (!state.tables.has(seq) && !born.has(seq)) grow(seq, blocks.map((block) => `${host ? "host" : "device"} ${block}`), stored.get(seq));
   }
   const onDevice = [...now.readers].filter(([place]) => place.startsWith("device"));
   const entries = onDevice.reduce((sum, [, readers]) => sum + readers.length, 0);
@@ -90,10 +91,12 @@ function createSharing(panel, { replay }) {
     const look = [`r${Math.min(readers, 4)}`, mark === "freed" ? "freed" : mark && "taken", on && "on"].filter(Boolean);
     el.className = ["mp-node", ...look.map((name) => `mp-${name}`)].join(" ");
     const [title, count] = [detailed ? called(place) : place.replace("device ", ""), readers ? `×${readers}` : "freed"];
-    el.children[0].textContent = title;
-    el.children[1].textContent = detailed && readers ? `${count} ${mark}` : count;
-    el.children[2].replaceChildren(...(detailed ? words : []).map((word) => make("span", { class: "mp-slot", title: word },
-      word)));
+    say(el.children[0], title);
+    say(el.children[1], detailed && readers ? `${count} ${mark}` : count);
+    if (changed(el.children[2], detailed && words)) {
+      const slots = (detailed ? words : []).map((word) => make("span", { class: "mp-slot", title: word }, word));
+      el.children[2].replaceChildren(...slots);
+    }
     el.ariaLabel = [called(place), readers ? `reference count ${readers}` : "", mark, words.join(" ")].filter(Boolean)
       .join(", ");
   }

@@ -62,10 +62,11 @@ function createTimeline(panel, { replay, go, choose }) {
       <div class="mp-chart" aria-hidden="true"><span></span><svg class="mp-steps" preserveAspectRatio="none">
         <path class="mp-used"/><path class="mp-full"/><path class="mp-hosted"/></svg></div>
       <div class="mp-rows" data-panel data-steps role="group" aria-label="requests"></div>
-      <div class="mp-axis" aria-hidden="true"><span></span><div class="mp-steps"></div></div></div></div>
+      <div class="mp-axis" aria-hidden="true"><span></span><div class="mp-steps"></div></div>
+      <div class="mp-here"></div></div></div>
     <div class="mp-lanes" aria-hidden="true"><div></div><div class="mp-window"></div><div class="mp-now"></div></div>
     <p class="mp-keys"></p>`;
-  const [hint, chart, rows, axis, lanes, keys] = ["hint", "chart", "rows", "axis", "lanes", "keys"]
+  const [hint, chart, rows, axis, at, lanes, keys] = ["hint", "chart", "rows", "axis", "here", "lanes", "keys"]
     .map((name) => panel.querySelector(`.mp-${name}`));
   for (const [letter, meaning] of Object.entries(DOES)) {
     keys.append(make("i", { class: `mp-did mp-${letter}` }, letter), ` ${meaning} `);
@@ -93,9 +94,12 @@ function createTimeline(panel, { replay, go, choose }) {
     first = Math.max(1, Math.min(all - WINDOW + 1, turned));
     last = Math.min(all, first + WINDOW - 1);
     line.did[last] ??= new Map(); // of a trace in which no iteration has begun
-    panel.style.cssText = `--steps: ${last - first + 1}; --step: ${now.step - first}; --all: ${all + 1}; `
-      + `--first: ${first}; --now: ${now.step}`;
-    panel.classList.toggle("mp-early", now.step < first); // before the first iteration
+    if (changed(panel, first, last, all)) {
+      panel.style.cssText = `--steps: ${last - first + 1}; --all: ${all + 1}; --first: ${first}`;
+    }
+    at.style.cssText = `--step: ${now.step - first}`; // not of the panel, all of which would be styled anew
+    at.hidden = now.step < first; // before the first iteration
+    lanes.lastChild.style.cssText = `--now: ${now.step}`;
     const hosted = line.host.some(Boolean) ? `; on the host (dashed) ${line.host[now.step]}` : "";
     hint.textContent = `Blocks in use while the model ran in step ${now.step}: ${line.device[now.step]} of `
       + `${replay.state.total.device}${hosted}. Click goes to a step; Enter or a double click shows its memory.`;

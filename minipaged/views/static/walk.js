@@ -1,6 +1,6 @@
 // Draws one query's walk over its block table (views/walk.py), entry by entry. Every number comes from the record but
-// the weights so far, exp(score - m) / l. walk_widget.py puts FIXED, the parts that no walk changes, before this.
-// Token texts become text, never markup.
+// the weights so far, exp(score - m) / l. walk_widget.py puts dom.js before this, and FIXED, the parts that no walk
+// changes. Token texts become text, never markup.
 
 const LABELLED = 24;   // tokens up to which each weight has its token and its percentage below it
 const COLUMNS = 96;    // tokens up to which each weight is an element of its own; of more, a drawing of bars
@@ -9,14 +9,6 @@ const SYNC_MS = 300;
 
 const number = (value) => value.toFixed(2).replace(/^-0\.00$/, "0.00");
 const percent = (value) => `${(100 * value).toFixed(1)}%`;
-const plural = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
-
-function make(tag, attributes = {}, ...children) {
-  const el = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) el.setAttribute(name, value);
-  el.append(...children);
-  return el;
-}
 
 function render({ model, el }) {
   const walk = model.get("walk"), last = walk.entries.length - 1;
