@@ -154,7 +154,8 @@ class MemoryState:
     def _finish(self, e: Finish) -> None:
         _require(e.seq in self.unfinished[e.request])
         self.unfinished[e.request].discard(e.seq)
-        if not self.unfinished[e.request]:
+        kept = e.reason == "abort" and self.status[e.request] == "running"  # what it leaves is a registered prefix
+        if kept or not self.unfinished[e.request]:
             self.status[e.request] = "finished"
 
 

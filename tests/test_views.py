@@ -298,6 +298,15 @@ def test_reservation() -> None:
     assert {side: [sum(a)] for side, a in areas.items()} == {"contiguous": [2048], "paged": [12]}, "drawn to scale"
 
 
+def test_a_registered_prefix_has_no_next_token() -> None:
+    """Of a prefix stays a second reader of its blocks, to which no token is added (§4.4)."""
+    events = [start(), *request(0, "Four score and seven years ago our", [7, 1]), ev.Sample(1, 0, 7, "fathers", -0.1)]
+    assert 'sequence A: 7 tokens in 2 blocks, next token "fathers"\n' in memory_view(events).text
+    events += [ev.Fork(1, 0, 0, 1), ev.Share(1, 1, 0, 7), ev.Share(1, 1, 1, 1), ev.Free(1, 0, [7, 1], False),
+               ev.Finish(1, 0, 0, "abort")]
+    assert "sequence A2: 7 tokens in 2 blocks\n" in memory_view(events).text
+
+
 def test_views_need_neither_torch_nor_the_engine() -> None:
     code = ("import sys, minipaged.views; print(sorted(m for m in sys.modules if m.split('.')[0] in "
             "('torch', 'transformers', 'numpy') or m in ('minipaged.engine', 'minipaged.llm', 'minipaged.runner')))")
@@ -305,7 +314,7 @@ def test_views_need_neither_torch_nor_the_engine() -> None:
 
 
 @pytest.mark.parametrize(("source", "step"), [
-    ([], None), (Trace(), None), (figure_7()[1:], None), (replay(figure_7()), 2)])
+    (None, None), ([], None), (Trace(), None), (figure_7()[1:], None), (replay(figure_7()), 2)])
 def test_what_cannot_be_shown_is_refused(source, step) -> None:
     with pytest.raises(TraceError):
         memory_view(source, step)

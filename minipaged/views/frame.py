@@ -142,6 +142,8 @@ def letters(number: int) -> str:
 
 def next_token(state: MemoryState, seq: int) -> str:
     """The token sampled last, whose keys and values the next iteration computes; empty if there is none."""
+    if state.status[state.request_of[seq]] == "finished":
+        return ""  # it is a registered prefix, to which no token is added
     rest = state.tokens[seq][state.num_tokens[seq]:]
     return visible(rest[0]) if len(rest) == 1 else ""
 
