@@ -78,11 +78,8 @@ class PackedDecoder(nn.Module):
         """Whether a module is OPT's decoder with its norms before attention and ReLU, as in all sizes but 350M."""
         from transformers.models.opt.modeling_opt import OPTDecoder
 
-        if type(module) is not OPTDecoder:
-            return False
-        of = module.config
-        return of.do_layer_norm_before and of.activation_function == "relu" and module.project_in is None and (
-            module.final_layer_norm is not None)
+        return type(module) is OPTDecoder and module.config.activation_function == "relu" and (
+            module.project_in is None and module.final_layer_norm is not None)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, paged_batch: "PagedBatch",
                 **_: object) -> "BaseModelOutputWithPast":

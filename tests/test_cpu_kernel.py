@@ -15,7 +15,7 @@ import torch
 
 from batches import TOLERANCE, UGLY, make_batch
 from minipaged import LLM, SamplingParams, Trace, backends, compiled
-from minipaged.attention import cpu, eager, plain
+from minipaged.attention import cpu, eager, plain, write
 from minipaged.errors import InvalidConfig
 
 DTYPES = torch.float32, torch.bfloat16
@@ -41,6 +41,19 @@ def every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block_size", [1, 8, 13, 16, 32, 64, 256])
 def test_decode_at_block_boundaries(block_size, dtype):
     check([1] * len(UGLY), UGLY, block_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [None, [0, 2, 3]])
+def test_new_tokens_go_to_their_slots(rows, dtype):
+    """All of them, or some; the keys lie between queries and values, as in the product that computes all three."""
+    _, new_keys, new_values = torch.randn(4, 3, 2, 8).to(dtype).unbind(1)  # [tokens, kv_heads, head_dim]
+    slots = torch.tensor([17, 3, 8, 0][:len(rows or range(4))])
+    chosen = None if rows is None else torch.tensor(rows)
+    got, expected = torch.zeros(2, 2, 3, 7, 2, 8).to(dtype)  # [by whom, (key, value), blocks, block_size, …]
+    cpu.write(new_keys, new_values, *got, slots, chosen)
+    write(new_keys, new_values, *expected, slots, chosen)
+    assert expected.any() and torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8])

@@ -70,7 +70,10 @@ def test_opts_decoder_computes_what_transformers_does(bias, dtype, monkeypatch):
     expected = model(ids, use_cache=False).logits
     weights = [weakref.ref(model.model.decoder.layers[1].self_attn.q_proj.weight),
                weakref.ref(model.model.decoder.layers[1].fc2.weight)]
+    alive, first, make = [], weakref.ref(model.model.decoder.layers[0].fc1.weight), linears.PackedLayer
+    monkeypatch.setattr(linears, "PackedLayer", lambda layer: alive.append(first() is not None) or make(layer))
     pack_linears(model)
+    assert alive == [True, False], "a layer's weights are given back before the next is packed"
     assert [weight() for weight in weights] == [None, None], "weights live on beside their copies"
     assert not any(type(module) is nn.Linear for module in model.modules())
     monkeypatch.setattr(linears.attention, "write_and_attend", causal)
