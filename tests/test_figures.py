@@ -163,14 +163,14 @@ def test_good_sizes() -> None:
 
 @pytest.mark.parametrize(("figure", "panel"), [(costs.figure_18, 1), (costs.figure_19, 1)])
 def test_curves_by_block_size_show_what_was_run(figure: Callable, panel: int) -> None:
-    found = {("ShareGPT", "recompute", 8): 0.5, ("ShareGPT", "recompute", 16): 0.1, ("ShareGPT", "swap", 16): 0.2,
-             ("Alpaca", "recompute", 16): 0.3}
+    found = {("ShareGPT", "recompute", 8): 0.5, ("ShareGPT", "recompute", 32): 0.1, ("ShareGPT", "swap", 32): 0.2,
+             ("Alpaca", "recompute", 32): 0.3}
     sheet = figure(found)
     ours = sheet.panels[panel].ours
-    assert ours.get("ShareGPT", ours.get("Recompute")) == [(8, 0.5), (16, 0.1)]
-    assert ours.get("Alpaca", ours.get("Swap")) in ([(16, 0.3)], [(16, 0.2)])
+    assert ours.get("ShareGPT", ours.get("Recompute")) == [(8, 0.5), (32, 0.1)]
+    assert ours.get("Alpaca", ours.get("Swap")) in ([(32, 0.3)], [(32, 0.2)])
     fitted = [n.what for n in sheet.numbers if n.ours is not None and n.basis.startswith("fitted: ")]
-    assert ["size 8," in fitted[0], "size 16," in fitted[1]] == [True, True], "what was fitted is said beside it"
+    assert ["size 8," in fitted[0], "size 32," in fitted[1]] == [True, True], "what was fitted is said beside it"
 
 
 def test_under_load_a_large_block_is_late() -> None:

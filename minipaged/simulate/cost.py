@@ -99,7 +99,7 @@ FLOPS = 0.68  # share of the arithmetic. Fitted: Figure 19a, recomputation of 25
 ALL_REDUCE = 0.034 * MS
 # By what share reading keys and values takes longer each time the block is halved, below the paper's 16. Fitted: Figure
 # 18b, ShareGPT, block size 8, as `minipaged reproduce` draws it.
-PER_HALVING = 0.65
+PER_HALVING = 0.82
 
 
 @dataclass(frozen=True)
