@@ -79,7 +79,9 @@ class _Canvas:
                 self.fresh.append(shape)
         ink, count = FAINT if node.mark == "freed" else INK, count_of(run)
         room = self.width - 6.8 * len(count) - 16
-        label = name_of(run) if self.detailed else name_of(run).replace("blocks ", "").replace("block ", "")
+        label = name_of(run)
+        if not self.detailed or fit(label, room, bold=True) != label:
+            label = label.replace("blocks ", "").replace("block ", "")
         self.texts += [text(x + 6, y + 18, fit(label, room, bold=True), fill=ink, font_weight="bold"),
                        text(x + self.width - 6, y + 18, count, text_anchor="end", fill=ink)]
         for i in range(0, len(node.words) if self.detailed else 0, 2):

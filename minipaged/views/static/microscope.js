@@ -326,7 +326,8 @@ function show(root, model, replay, fail) {
 
   // ---- links from the block tables, and arrows along which something moved --------------------------------------
   function drawLinks(moved) {
-    const origin = body.getBoundingClientRect(), aside = now.detailed ? 0.94 : 0.5; // beside the tokens, if there are
+    const origin = body.getBoundingClientRect();
+    const aside = (i) => (now.detailed ? 0.95 - 0.014 * (i % 6) : 0.5); // beside the tokens, and one beside the other
     const spot = (name, side) => { // at the edge of its panel, if it is scrolled out of it
       const el = now.places.get(name), r = el.getBoundingClientRect();
       const panel = el.closest("[data-panel]").getBoundingClientRect();
@@ -342,8 +343,8 @@ function show(root, model, replay, fail) {
       }
     }
     const forks = now.forks.filter(([from, to]) => now.places.has(from) && now.places.has(to)); // some end at once
-    const moves = [...now.moves, ...forks].slice(0, MAX_ARROWS).map(([from, to, what]) => (
-      { a: spot(from, what === "fork" ? 1 : aside), b: spot(to, what === "fork" ? 1 : aside), what }));
+    const moves = [...now.moves, ...forks].slice(0, MAX_ARROWS).map(([from, to, what], i) => (
+      { a: spot(from, what === "fork" ? 1 : aside(i)), b: spot(to, what === "fork" ? 1 : aside(i)), what }));
     const [below, above] = [find("links"), find("moves")];
     keyed(below, links, ({ name }) => name, ({ seq }) => drawn("path", { style: `--c: ${colour(seq)}` }), (path, link) => {
       const { on, a: [x1, y1], b: [x2, y2] } = link, pull = Math.max(24, (x2 - x1) / 2);
@@ -352,6 +353,7 @@ function show(root, model, replay, fail) {
       path.setAttribute("d", d);
       path.setAttribute("class", on ? "mp-on" : now.shown ? "mp-dim" : "");
     });
+    const tips = [];
     above.replaceChildren();
     moves.forEach(({ a: [x1, y1], b: [x2, y2], what }, i) => {
       const [mx, my] = [(x1 + x2) / 2 + 30, (y1 + y2) / 2], turn = (180 / Math.PI) * Math.atan2(y2 - my, x2 - mx);
@@ -359,9 +361,11 @@ function show(root, model, replay, fail) {
         draw(above, "path", { d: `M${x1} ${y1}Q${mx} ${my} ${x2} ${y2}`, class: `mp-${kind}`, pathLength: 1 });
       }
       const place = `translate(${x2} ${y2}) rotate(${turn})`;
-      draw(above, "path", { d: "M0 0l-13 -6v12z", transform: place, class: "mp-tip" });
-      if (what !== moves[i - 1]?.what) draw(above, "text", { x: mx + (what === "fork" ? 24 : -24), y: my + 5 }, what);
+      tips.push(drawn("path", { d: "M0 0l-13 -6v12z", transform: place, class: "mp-tip" }));
+      const beside = { x: mx + (what === "fork" ? 24 : -24), y: my + 5 };
+      if (what !== moves[i - 1]?.what) tips.push(drawn("text", beside, what));
     });
+    above.append(...tips); // over all arrows
   }
 
   const relink = (moved = false) => { if (panes.open() === "memory") drawLinks(moved); };
