@@ -12,7 +12,7 @@ from minipaged.errors import InvalidConfig, InvalidParams, RequestTooLarge
 from minipaged.reproduce.paper import curves
 from minipaged.reproduce.serving import PANELS
 from minipaged.simulate import workloads
-from minipaged.simulate.clock import Iteration, outcome, run, serve
+from minipaged.simulate.clock import Iteration, outcome, play, run, serve
 from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, SWAP_IN, SWAP_OUT, Cost, Work
 from minipaged.simulate.systems import SYSTEMS, make_system
 from minipaged.simulate.workloads import Request, arrivals, histogram, lengths
@@ -43,6 +43,16 @@ def test_the_clock_stops_and_waits() -> None:
     requests = [Request(0.25, 5, 2), Request(9.0, 5, 2)]
     assert [i.begin for i in iterations("vLLM", requests)] == [0.25, 1.25, 9.0, 10.0]
     assert [i.begin for i in run(make_system("vLLM", 9), requests, lambda work: 1.0, until=1.5)] == [0.25, 1.25]
+
+
+def test_play_looks_at_the_memory_every_so_many_iterations() -> None:
+    moments = play(make_system("vLLM", 9), [Request(0.0, 5, 10)], until=99, every=4, seconds=lambda work: 1.0)
+    assert [(moment.time, moment.usage.tokens) for moment in moments] == [(0.0, 5), (4.0, 9), (8.0, 13)]
+
+
+def test_the_block_size_reaches_the_clock() -> None:
+    requests = [Request(0.0, 400, 20)] * 4
+    assert serve("vLLM", requests, block_size=1).latency > 1.05 * serve("vLLM", requests).latency
 
 
 # ---- FasterTransformer -----------------------------------------------------------------------------------------------
