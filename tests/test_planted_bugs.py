@@ -156,7 +156,7 @@ def test_a_query_of_length_zero_when_all_blocks_hit(serve, monkeypatch) -> None:
     serve(*prompts, enable_prefix_caching=True, one_by_one=True)
     monkeypatch.setattr(BlockSpaceManager, "_fill", no_last_token)
     serve(*prompts, one_by_one=True)
-    with pytest.raises(RuntimeError, match="0 elements"):
+    with pytest.raises((RuntimeError, IndexError), match="0 elements|size 0"):  # of transformers' decoder, or the packed
         serve(*prompts, enable_prefix_caching=True, one_by_one=True)
 
 
