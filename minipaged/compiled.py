@@ -77,6 +77,7 @@ def exp(x: float) -> float:
 def pointer(typing_context: Any, address: types.Integer) -> tuple:
     """In a compiled function: an integer as the pointer that ``numba.carray`` takes."""
     def generate(context: Any, builder: Any, call: Any, args: tuple) -> Any:
+        """The instruction for it."""
         return builder.inttoptr(args[0], voidptr_t)
     return types.voidptr(types.int64), generate
 
@@ -103,7 +104,8 @@ def on_every_thread(work: "Dispatcher") -> Callable[[np.ndarray], None]:
     thread, threads = (_symbol(library, name) for name in ("omp_get_thread_num", "omp_get_num_threads"))
 
     @cfunc(types.void(types.voidptr))
-    def member(address):
+    def member(address: int) -> None:
+        """What each thread of the team does."""
         numbers = _numbers_at(address)
         for part in range(thread(), numbers[0], threads()):
             work(numbers, part)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,14 @@ def test_the_csv_has_ours_and_the_papers(tmp_path: Path) -> None:
         ("compared", "saved", "", "20", "16.2", "predicted"), ("compared", "saved", "", "20", "30.5", "predicted")]
 
 
+def one_figure(monkeypatch: pytest.MonkeyPatch, second: Callable[[int], int]) -> None:
+    """There is one figure, of two runs: of the first, which succeeds, it draws a point."""
+    figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(second, (0,))},
+                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
+    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
+
+
 def _interrupt(_: int) -> int:
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(60)
@@ -116,10 +125,7 @@ def _interrupt(_: int) -> int:
 
 def test_an_interrupt_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(_interrupt, (0,))},
-                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
-    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
-    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
+    one_figure(monkeypatch, _interrupt)
     begun, before = time.monotonic(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     try:
         assert main(["reproduce", "all", "--out", str(tmp_path)]) == 130
@@ -136,10 +142,7 @@ def _fail(_: int) -> int:
 
 def test_an_error_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
-    figure = Figure("half", lambda minutes: {"first": Job(abs, (-3,)), "second": Job(_fail, (0,))},
-                    lambda found: Sheet("half", [Curves("p", "x", "y", {"a": [(1, float(found["first"]))]}, {}, "-")]))
-    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure})
-    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)
+    one_figure(monkeypatch, _fail)
     assert main(["reproduce", "all", "--out", str(tmp_path)]) == 2
     assert [row["ours"] for row in rows(tmp_path / "fig02.csv")] == ["3"]
     said = capsys.readouterr()

@@ -76,7 +76,8 @@ def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     element, over_blocks = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], compiled(decode)
 
     @njit(nogil=True)
-    def share(n, part):
+    def share(n: np.ndarray, part: int) -> None:
+        """One thread's sequences; the order of the numbers is that of `_numbers`."""
         tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[7:15]
         query = carray(pointer(n[2]), (tokens, heads, head_dim), np.float32)
         output = carray(pointer(n[3]), (tokens, heads, head_dim), np.float32)

@@ -201,6 +201,7 @@ class _Run:
                         bytes_per_token=0, attention="none", attention_reason="a clock takes its place")
 
     def play(self) -> Played:
+        """Run until all requests are served, or a shortage comes for which no choice was made."""
         options: list[str] = []
         try:
             while self.arriving or self.scheduler.has_unfinished:
