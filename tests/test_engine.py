@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import minipaged
-from minipaged import LLM, SamplingParams, Trace
+from minipaged import LLM, BeamSearchParams, SamplingParams, Trace
 from minipaged.errors import (EmptyPrompt, EngineClosed, InvalidConfig, InvalidParams, InvalidPrompt, MissingWeights,
                               PromptTooLong, RequestsRefused, RequestTooLarge, TokenOutOfVocabulary, UnknownModel,
                               UnsupportedModel)
@@ -469,3 +469,12 @@ def test_the_audit_is_on_here_and_an_option_elsewhere(monkeypatch):
     assert minipaged.EngineConfig("tiny-opt").audit
     monkeypatch.delenv("MINIPAGED_AUDIT")
     assert not minipaged.EngineConfig("tiny-opt").audit
+
+
+def test_samples_beside_a_beam_search_are_drawn_from_their_own_prompt():
+    """In the first iteration there are as many draws as rows of logits, and both draws are from the second row."""
+    samples = SamplingParams(n=2, temperature=1, seed=1, max_tokens=4)
+    with LLM("tiny-opt", num_gpu_blocks_override=40) as llm:
+        alone = llm.generate([[50, 60, 70]], samples)[0]
+        _, beside = llm.generate([[91, 81, 71], [50, 60, 70]], [BeamSearchParams(beam_width=2, max_tokens=4), samples])
+    assert [o.token_ids for o in beside.outputs] == [o.token_ids for o in alone.outputs]
