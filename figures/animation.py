@@ -22,11 +22,12 @@ FIGURES = Path(__file__).parent
 PROMPTS = ["Four score and seven years ago our", "Once upon a time", "It was the best of"]
 SAMPLES = [1, 2, 1]      # of each prompt; two samples share their prompt's blocks until one writes
 STILL = 8                # the step of the still: a request is swapped out
-MOVING = 5               # frames of a step in which blocks are copied or swapped, while the arrows grow
-SHORT, LONG = 100, 1200  # milliseconds that such a frame, and the last frame of a step, stay
+MOTION = 600             # milliseconds in which an arrow grows, as in microscope.css
+SHORT, LONG = 100, 1200  # milliseconds that a frame in which something grows, and the last frame of a step, stay
 
 NEXT = """() => { const slider = document.querySelector(".mp-slider"); slider.value = Number(slider.value) + 1;
-                  slider.dispatchEvent(new Event("input")); }"""
+                  slider.dispatchEvent(new Event("input")); return document.getAnimations().length > 0; }"""
+AT = """(time) => { for (const one of document.getAnimations()) { one.pause(); one.currentTime = time; } }"""
 
 
 def run() -> Trace:
@@ -47,11 +48,11 @@ def film(page: Page, last: int) -> dict[int, list[Image.Image]]:
     """Step to its frames, the last of which is the step's picture when nothing moves any more."""
     frames: dict[int, list[Image.Image]] = {}
     for step in range(1, last):  # after the last one, all blocks are free
-        page.evaluate(NEXT)
-        moving = page.locator(".mp-moving").count()
-        frames[step] = [shot(page) for _ in range(MOVING if moving else 0)]
-        page.wait_for_timeout(800)
-        frames[step].append(shot(page))
+        moving = page.evaluate(NEXT)
+        frames[step] = []
+        for time in range(SHORT if moving else MOTION, MOTION + SHORT, SHORT):
+            page.evaluate(AT, time)
+            frames[step].append(shot(page))
     return frames
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as api:
         save(trace, page_file := Path(folder) / "view.html", step=0)
         browser = api.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 880}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1280, "height": 896}, color_scheme="light")
         page.goto(page_file.as_uri())
         page.wait_for_selector(".mp-slider")
         frames = film(page, trace.step)

@@ -356,13 +356,15 @@ function show(root, model, replay, fail) {
     const tips = [];
     above.replaceChildren();
     moves.forEach(({ a: [x1, y1], b: [x2, y2], what }, i) => {
-      const [mx, my] = [(x1 + x2) / 2 + 30, (y1 + y2) / 2], turn = (180 / Math.PI) * Math.atan2(y2 - my, x2 - mx);
-      for (const kind of ["halo", moved ? "move mp-moving" : "move"]) {
-        draw(above, "path", { d: `M${x1} ${y1}Q${mx} ${my} ${x2} ${y2}`, class: `mp-${kind}`, pathLength: 1 });
+      const [mx, my] = [(x1 + x2) / 2 + 30, (y1 + y2) / 2], turn = Math.atan2(y2 - my, x2 - mx);
+      const end = `${x2 - 9 * Math.cos(turn)} ${y2 - 9 * Math.sin(turn)}`; // in the tip, which is 13 long
+      for (const kind of ["mp-halo", "mp-move"]) {
+        const travel = { class: `${kind}${moved ? " mp-moving" : ""}`, pathLength: 1 };
+        draw(above, "path", { d: `M${x1} ${y1}Q${mx} ${my} ${end}`, ...travel });
       }
-      const place = `translate(${x2} ${y2}) rotate(${turn})`;
-      tips.push(drawn("path", { d: "M0 0l-13 -6v12z", transform: place, class: "mp-tip" }));
-      const beside = { x: mx + (what === "fork" ? 24 : -24), y: my + 5 };
+      const place = `translate(${x2} ${y2}) rotate(${(180 / Math.PI) * turn})`;
+      tips.push(drawn("path", { d: "M0 0l-13 -6v12z", transform: place, class: `mp-tip${moved ? " mp-arriving" : ""}` }));
+      const beside = { x: mx + (what === "fork" ? 17 : -24), y: my + 5 };
       if (what !== moves[i - 1]?.what) tips.push(drawn("text", beside, what));
     });
     above.append(...tips); // over all arrows
