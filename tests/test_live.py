@@ -241,8 +241,11 @@ def test_a_committed_notebook_holds_the_still_of_the_end(tmp_path: Path) -> None
 
 
 COST = """
-import time
+import gc, time
+from types import SimpleNamespace
+from minipaged.views import live
 from minipaged.watch import Watch
+live.time = SimpleNamespace(monotonic=time.thread_time)
 spent = {"step": 0.0, "watch": 0.0}
 def timed(owner, name, where):
     real = getattr(owner, name)
@@ -256,14 +259,19 @@ def timed(owner, name, where):
 llm.generate(["Once"] * 8, params)
 timed(Watch, "after_step", "watch")
 timed(llm.engine, "step", "step")
+gc.collect()
+gc.freeze()
 with llm.watch():
     llm.generate(["Once"] * 8, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
 """
 
 
 def test_drawing_costs_the_engine_little() -> None:
-    """In a real kernel, with eight sequences. Processor time is compared: it does not depend on what else runs."""
-    manager, client = start_new_kernel(kernel_name="python3", env=environment() | {"MINIPAGED_AUDIT": "0"})
+    """In a real kernel, with eight sequences. Processor time is compared, and paces the drawing: it does not depend on
+    what else runs. One thread, as two that wait busily for each other make the engine look slow; and no collection of
+    all that was there before, a fifth of a second, which falls upon whoever allocates next."""
+    alone = environment() | {"MINIPAGED_AUDIT": "0", "OMP_NUM_THREADS": "1"}
+    manager, client = start_new_kernel(kernel_name="python3", env=alone)
     try:
         printed: list[str] = []
         for source in (MAKE.replace("24", "600"), COST, "print(spent['watch'] / spent['step'])"):
