@@ -206,16 +206,16 @@ def check_tree(view: View, tree: Sharing) -> None:
     detailed = is_detailed(tree)
 
     def boxes(runs: list[Run], way: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Run]]:
-        for run in runs:
-            here = (*way, f"{name_of(run)} {count_of(run)}")
-            yield here, run
-            yield from boxes(run.children, here)
+        for box in runs:
+            here = (*way, f"{name_of(box)} {count_of(box)}")
+            yield here, box
+            yield from boxes(box.children, here)
 
     shown, wanted = shown_ways(view.text), dict(boxes(runs_of(tree.roots, detailed), ()))
     assert shown.keys() == wanted.keys()
-    for way, run in wanted.items():
-        assert shown[way].startswith(", ".join(run.last.ends)) and (detailed or "|" not in shown[way])
-    counts = [count_of(run) for _, run in boxes(runs_of(tree.roots, detailed, MAX_COLUMNS), ())]
+    for way, box in wanted.items():
+        assert shown[way].startswith(", ".join(box.last.ends)) and (detailed or "|" not in shown[way])
+    counts = [count_of(box) for _, box in boxes(runs_of(tree.roots, detailed, MAX_COLUMNS), ())]
     drawn = [text.text for text in elements(view.svg, "text") if text.get("text-anchor") == "end"]
     assert sorted(drawn) == sorted(counts)
 

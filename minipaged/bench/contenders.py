@@ -112,6 +112,7 @@ class _Watch:
         schedule = self.scheduler.schedule
 
         def watched() -> object:
+            """The scheduler's own decision; who ran before and does no more was preempted, as nobody ends in it."""
             before = list(self.scheduler.running)
             out = schedule()
             self.preemptions += sum(group not in self.scheduler.running for group in before)

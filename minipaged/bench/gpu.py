@@ -130,6 +130,7 @@ class Paged:
         query = self.query[:, :, None]  # [batch, heads, 1, head_dim]
 
         def call() -> torch.Tensor:
+            """As `__call__`."""
             for keys, values in zip(layers[::2], layers[1::2]):
                 out = scaled_dot_product_attention(query, keys, values, scale=self.shape.head_dim ** -0.5,
                                                    enable_gqa=True)

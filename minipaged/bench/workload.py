@@ -47,7 +47,8 @@ def make_workload(vocab_size: int, requests: int = REQUESTS) -> Workload:
     rng = np.random.default_rng(0)
 
     def lengths(mean: int) -> list[int]:
-        drawn = rng.lognormal(np.log(mean) - 0.5, 1.0, requests)  # of this mean, with sigma 1
+        """One for each request, lognormal with this mean and sigma 1, clipped."""
+        drawn = rng.lognormal(np.log(mean) - 0.5, 1.0, requests)
         return np.clip(np.round(drawn), SHORTEST, LONGEST).astype(int).tolist()
 
     prompt_lens, output_lens = lengths(MEAN_PROMPT), lengths(MEAN_OUTPUT)
