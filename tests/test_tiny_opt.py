@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from minipaged.tiny_opt import corpus, train
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,15 +52,6 @@ def card():
     return (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def training():
-    """train.py as a module, loaded by its path."""
-    spec = importlib.util.spec_from_file_location("tiny_opt_train", FOLDER / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def plain(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -66,7 +60,7 @@ def plain(tokenizer, text: str) -> list[int]:
 def test_files_are_complete_and_small():
     present = {path.name for path in FOLDER.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "README.md", "train.py"} <= present
+            "tokenizer_config.json", "README.md", "train.py", "corpus.py", "losses.py", "card.py"} <= present
     assert not [name for name in present if name.endswith((".txt", ".pt", ".bin", ".tmp"))]  # no corpus, no checkpoint
     assert 8e6 < (FOLDER / "model.safetensors").stat().st_size <= 16e6
 
@@ -152,10 +146,10 @@ def losses_at(model, ids: list[int], first: int) -> float:
     return torch.nn.functional.cross_entropy(logits[0], rows[0, 1:]).item()
 
 
-def test_every_position_is_trained(tokenizer, model, training):
+def test_every_position_is_trained(tokenizer, model):
     """Position embeddings begin at zero in train.py, so an untrained row is zero; and the text is read as well
     at the end of the context as at its beginning."""
-    assert training.build_model().model.decoder.embed_positions.weight.count_nonzero() == 0
+    assert train.build_model().model.decoder.embed_positions.weight.count_nonzero() == 0
     table = model.model.decoder.embed_positions.weight
     assert table.shape == (2048 + 2, 256)
     assert table[:2].count_nonzero() == 0  # OPT's offset of 2: these rows are never used
@@ -195,8 +189,8 @@ def test_card_says_what_was_done(card):
     assert not re.search(r"/(work|tmp|home|root|opt|usr)/|\{[a-z_]+\}", card)
 
 
-# ---------------------------------------------------------------- train.py
-def test_unwrap_joins_wrapped_lines_only(training):
+# ---------------------------------------------------------------- training
+def test_unwrap_joins_wrapped_lines_only():
     wrapped = ("Once upon a time there was a man and he had a very long\n"
                "walk to make, before he came home to his own well-\n"
                "known house.\n"
@@ -204,35 +198,35 @@ def test_unwrap_joins_wrapped_lines_only(training):
                '"Who is there?"  said his wife.\n'
                "It was he.\n"
                + "and so " * 8)
-    assert training.unwrap(wrapped) == (
+    assert corpus.unwrap(wrapped) == (
         "Once upon a time there was a man and he had a very long walk to make, before he came home to his own "
         'well-known house.\n"Who is there?" said his wife.\nIt was he.\n' + "and so " * 7 + "and so")
 
 
-def test_learning_rate_follows_elapsed_time(training):
-    factors = [training.lr_factor(i / 1000) for i in range(1101)]
+def test_learning_rate_follows_elapsed_time():
+    factors = [train.lr_factor(i / 1000) for i in range(1101)]
     assert factors[0] == 0 and factors[-1] == 0 and factors[1000] == 0
     assert 0.95 < max(factors) <= 1 and factors.index(max(factors)) == 20
     assert factors[20:1001] == sorted(factors[20:1001], reverse=True)
 
 
-def make_batches(training):
+def make_batches():
     documents = [list(range(100 * i + 10, 100 * i + 90)) for i in range(40)]
-    return training.Batches(documents, [[5, 6, 7], [6, 7, 8], [7], [8]], [11, 11, 1, 2])
+    return corpus.Batches(documents, [[5, 6, 7], [6, 7, 8], [7], [8]], [11, 11, 1, 2])
 
 
-def test_batches_cover_all_positions_and_begin_with_prompts(training):
-    batches = make_batches(training)
-    seen, starts, at_zero, short_rows = torch.zeros(training.MAX_POSITIONS), set(), 0, 0
+def test_batches_cover_all_positions_and_begin_with_prompts():
+    batches = make_batches()
+    seen, starts, at_zero, short_rows = torch.zeros(corpus.MAX_POSITIONS), set(), 0, 0
     for _ in range(150):
         rows, positions = batches.batch()
         assert rows.shape[1] == positions.shape[1] + 1
-        assert positions.min() >= 0 and positions.max() < training.MAX_POSITIONS
+        assert positions.min() >= 0 and positions.max() < corpus.MAX_POSITIONS
         assert (positions[:, 1:] - positions[:, :-1] == 1).all()
-        assert positions.numel() == training.TOKENS_PER_STEP
+        assert positions.numel() == corpus.TOKENS_PER_STEP
         seen.index_add_(0, positions.flatten(), torch.ones(positions.numel()))
         starts |= {tuple(row[:3].tolist()) for row in rows}
-        if positions.shape[1] == training.SHORT_ROW:
+        if positions.shape[1] == corpus.SHORT_ROW:
             short_rows += len(rows)
             at_zero += int((positions[:, 0] == 0).sum())
     assert seen.min() > 30
@@ -240,12 +234,32 @@ def test_batches_cover_all_positions_and_begin_with_prompts(training):
     assert (5, 6, 7) in starts and (2, 5, 6) in starts  # a repeated text at position 0, without and with </s>
 
 
-def test_batches_resume_where_they_stopped(training):
-    first = make_batches(training)
+def test_batches_resume_where_they_stopped():
+    first = make_batches()
     for _ in range(5):
         first.batch()
     state = {k: getattr(first, k) for k in ("rng", "stream", "epoch", "prompt_rows")}
-    second = make_batches(training)
+    second = make_batches()
     vars(second).update(pickle.loads(pickle.dumps(state)))
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first.batch(), second.batch()))
+
+
+def test_it_trains_writes_a_model_and_goes_on(tmp_path, model):
+    """A step or two of the whole, with the command that the card names."""
+    text = "\n".join(PARAGRAPH.split(". "))
+    for name, content in {
+            "andersen": "\n\n\n".join([text] * 13), "austen": "\n".join(f"Chapter {n}\n\n{text}\n" for n in range(13)),
+            "shakespeare": "\n\n".join(["ROMEO:\nI'll not be so."] * 1300),
+            "paper_prompts": "".join(GETTYSBURG) + "\n\n" + "".join(TALE)}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    command = [sys.executable, "-m", "minipaged.tiny_opt.train", "--corpus", tmp_path, "--out", tmp_path / "out",
+               "--checkpoint", tmp_path / "saved.pt", "--minutes"]
+    subprocess.run([*command, "0.001"], check=True, capture_output=True)
+    first = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"^1 steps of 4,096 tokens, together 0.0 million tokens", first, re.M)
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.dtype == torch.float16 and made.num_parameters() == model.num_parameters()
+    done = subprocess.run([*command, "1e-9", "--resume", "--adam-lr", "0.001"], check=True, capture_output=True,
+                          text=True)
+    assert done.stdout.startswith("resumed at step 1, ") and "Muon 0.003 and AdamW 0.001 from step 1;" in done.stdout
