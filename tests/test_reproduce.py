@@ -16,10 +16,11 @@ import pytest
 from minipaged import reproduce
 from minipaged.cli import main
 from minipaged.errors import InvalidConfig
-from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, costs, memory, paper, serving
+from minipaged.reproduce import CannotWrite, UnknownFigure, blocks, costs, memory, paper, serving, sharing
 from minipaged.reproduce.sheet import Curves, Figure, Job, Number, Sheet
-from minipaged.simulate.clock import Outcome
+from minipaged.simulate.clock import Moment, Outcome
 from minipaged.simulate.systems import SYSTEMS
+from minipaged.simulate.usage import Usage
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -77,6 +78,15 @@ def test_figure_2_is_within_a_point_and_a_half() -> None:
     assert all(abs(n.ours - n.paper) < 1.5 for n in sheet.numbers)
 
 
+def test_figure_2_is_the_mean_from_300_s_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(system: object, requests: object, until: float) -> list[Moment]:
+        return [Moment(time, round(time), Usage(time, 0, 0, 0, 0)) for time in (100, 299, 300, 600, until - 1)]
+
+    monkeypatch.setattr(memory, "play", play)
+    used, running = memory.saturated("vLLM")
+    assert used.tokens == running == (300 + 600 + 899) / 3
+
+
 @pytest.mark.parametrize("name", blocks.FIGURES)
 def test_the_live_engine_has_the_papers_tables(name: str) -> None:
     figure = blocks.FIGURES[name]
@@ -96,9 +106,11 @@ def test_a_missing_number_is_no_number() -> None:
 
 
 def test_where_a_curve_crosses() -> None:
-    assert paper.crossing([(1, 0.1), (3, 1.0), (2, 0.1)], 0.1 * 10**0.5) == pytest.approx(2.5)
+    assert paper.crossing([(1, 0.1), (3, 1.0), (2, 0.1)], 0.55) == pytest.approx(2.5)
     assert paper.crossing([(1, 0.1), (2, 0.4)], 0.5) is None and paper.crossing([(1, 0.6), (2, 0.9)], 0.5) is None
-    assert paper.crossing(paper.curves("fig12a")["vLLM"], 1.0) == pytest.approx(1.986, abs=0.01)
+    assert paper.crossing(paper.curves("fig12a")["vLLM"], 1.0) == pytest.approx(1.986, abs=0.0005), "as in the drawing"
+    beyond = 0.5 + (0.554 - 0.5) * (0.5 - 0.0823) / (1 - 0.0823)  # from the last point to where it leaves the picture
+    assert paper.crossing(serving.paper_curve("fig12a", "Orca (Max)"), 0.5) == pytest.approx(beyond)
 
 
 def test_the_csv_has_ours_and_the_papers(tmp_path: Path) -> None:
@@ -159,12 +171,40 @@ def test_a_curve_goes_on_until_it_is_past_the_level(monkeypatch: pytest.MonkeyPa
         return Outcome(0.4 * rate, 1.0)
 
     monkeypatch.setattr(serving, "at_rate", at_rate)
-    papers = [x for x, _ in serving.paper_curve("fig12c", "Orca (Max)")]
+    papers = [x for x, _ in paper.curves("fig12c")["Orca (Max)"]]
     points = serving.curve("fig12c", "Orca (Max)", 60)
     assert asked[0] == ("OPT-175B", "ShareGPT", 15), "a quarter of an hour, as in the paper"
     rates = [x for x, _ in points]
     assert rates[:len(papers)] == papers and rates[-1] == pytest.approx(papers[-1] * 1.05**(len(rates) - len(papers)))
     assert points[-2][1] < 0.5 <= points[-1][1] and serving.crossing(points, 0.5) == pytest.approx(1.25, rel=0.01)
+
+
+def bent(rate: float) -> Callable[[float], float]:
+    """Latencies of a line that bends at this rate, and is at 4 s/token when the rate is half as much again."""
+    return lambda x: 0.1 if x < rate else 0.1 + 7.8 * (x - rate) / rate
+
+
+@pytest.mark.parametrize(("panel", "system", "bend", "rates"), [
+    ("fig12a", "Orca (Max)", 0.55, [0.2, 0.3, 0.4, 0.5, 0.75]),  # the point beyond the picture, as the paper's line
+    ("fig12a", "Orca (Max)", 0.45, [0.2, 0.3, 0.4, 0.45, 0.4625, 0.475, 0.5]),  # earlier than the paper's
+    ("fig12a", "Orca (Max)", 0.74, [0.2, 0.3, 0.4, 0.5, 0.75, 0.7875]),
+    ("fig12a", "vLLM", 1.9, [1, 1.25, 1.5, 1.75, 1.8, 1.9, 2]),
+    ("fig16b", "vLLM", 27, [1, 24, 27, 27.75, 28.5, 30, 36])])  # the paper's passes between 42 and 43
+def test_both_lines_are_read_at_the_same_rates(panel: str, system: str, bend: float, rates: list[float]) -> None:
+    points = serving.until_late(panel, system, bent(bend))
+    assert [x for x, _ in points] == pytest.approx(rates) and points == [(x, bent(bend)(x)) for x, _ in points]
+
+
+def test_a_line_goes_on_beyond_the_picture_where_it_leaves_it() -> None:
+    """The next rate is past the last visible point, and past where the line is seen to leave."""
+    leaving = {(panel, system): max(points) for panel in [*serving.PANELS, *sharing.PANELS, "fig16a", "fig16b", "fig17"]
+               for system, points in paper.curves(panel).items() if max(y for _, y in points) < 1}
+    found = {case: rate for case in leaving if (rate := paper.next_rate(*case))}
+    assert leaving.keys() - found.keys() == {("fig12b", "vLLM"), ("fig12c", "Orca (Max)"), ("fig12e", "Orca (Max)")}
+    for (panel, system), rate in found.items():
+        left = paper.printed("at 1 s/token").get(panel, {}).get(system, 0)
+        assert leaving[panel, system][0] < rate and left < rate, (panel, system)
+    assert paper.next_rate("fig12a", "Orca (Max)") == 0.75 and paper.next_rate("fig12a", "vLLM") is None
 
 
 def test_figure_12_compares_every_curve_and_drops_none() -> None:
@@ -176,6 +216,10 @@ def test_figure_12_compares_every_curve_and_drops_none() -> None:
     rates, ratios = sheet.numbers[:30], sheet.numbers[30:]
     assert [n.ratio for n in rates] == ["0.50"] * 30 and [n.ratio for n in ratios] == ["1.00"] * 12
     assert "rates: 50%" in sheet.notes[0] and "ratios: 0%" in sheet.notes[1]
+    papers = {case: serving.paper_curve(*case) for case in plan}
+    slower = papers | {(panel, "vLLM"): halves[panel, "vLLM"] for panel in serving.PANELS}
+    numbers = serving.figure_12(slower).numbers
+    assert [n.ratio for n in numbers[30:]] == ["0.50"] * 12, "vLLM's rate divided by Orca's"
 
 
 def test_figure_13_is_what_the_papers_pool_holds() -> None:

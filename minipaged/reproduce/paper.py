@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
-from math import log
 from typing import Any
 
 Point = tuple[float, float]
@@ -26,13 +25,18 @@ def printed(figure: str) -> dict[str, Any]:
     return _paper()["printed"][figure]
 
 
+def next_rate(figure: str, system: str) -> float | None:
+    """Requests/s of the point beyond the picture to which a line goes on, as the artifact has it, or None."""
+    return _paper()["next rate"].get(figure, {}).get(system)
+
+
 def crossing(points: list[Point], level: float) -> float | None:
-    """Where a rising curve reaches a level, by straight lines between its points on a logarithmic scale of y.
+    """Where a rising curve reaches a level, by straight lines between its points, as the paper's figures draw them.
 
     None if it ends below the level or starts above it.
     """
     ordered = sorted(points)
     for (x0, y0), (x1, y1) in zip(ordered, ordered[1:]):
         if y0 < level <= y1:
-            return x0 + (x1 - x0) * log(level / y0) / log(y1 / y0)
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
     return None

@@ -9,7 +9,7 @@ from typing import Any
 from ..simulate.clock import Outcome, serve
 from ..simulate.systems import BATCHES, SYSTEMS
 from ..simulate.workloads import arrivals
-from .paper import Point, crossing, curves, printed
+from .paper import Point, crossing, curves, next_rate, printed
 from .sheet import Bars, Curves, Figure, Job, Number, Sheet
 
 PANELS = {"fig12a": ("OPT-13B", "ShareGPT"), "fig12b": ("OPT-66B", "ShareGPT"), "fig12c": ("OPT-175B", "ShareGPT"),
@@ -32,13 +32,31 @@ def paper_curve(panel: str, system: str) -> list[Point]:
 
 
 def until_late(panel: str, system: str, latency_at: Callable[[float], float]) -> list[Point]:
-    """Latency at the paper's rates, and at further ones, each by 5 % higher, until it is past `LEVEL`."""
-    rates, points = sorted(x for x, _ in paper_curve(panel, system)), []
-    rate = rates[0]
+    """Latency at the paper's rates, at the next of the artifact's where the paper's line leaves the picture, and at
+    further ones, each by 5 % higher, until it is past `LEVEL`.
+
+    A straight line to a point far above `LEVEL` passes it too early. If the paper's line passes it between the same two
+    rates as ours, both are read too low alike; else further points of ours narrow these two down.
+    """
+    rates, points = sorted({x for x, _ in curves(panel)[system]}), []
+    if beyond := next_rate(panel, system):
+        rates.append(beyond)
     while (not points or points[-1][1] < LEVEL) and len(points) < 30:
-        rate = rates.pop(0) if rates else rate * 1.05
+        rate = rates.pop(0) if rates else points[-1][0] * 1.05
         points.append((rate, latency_at(rate)))
-    return points
+    if len(points) < 2 or points[-2][0] < crossing(paper_curve(panel, system), LEVEL) <= points[-1][0]:
+        return points
+    return _narrowed(points, latency_at)
+
+
+def _narrowed(points: list[Point], latency_at: Callable[[float], float]) -> list[Point]:
+    """With more points between the last two, until those about `LEVEL` are at most 5 % apart."""
+    (low, _), (high, _) = points[-2:]
+    while high > 1.05 * low:
+        middle = (low + high) / 2
+        points = [*points, (middle, latency_at(middle))]
+        low, high = (low, middle) if points[-1][1] >= LEVEL else (middle, high)
+    return sorted(points)
 
 
 def curve(panel: str, system: str, minutes: float) -> list[Point]:
