@@ -238,6 +238,16 @@ def test_a_shared_block_counts_once() -> None:
     assert usage(manager) == Usage(0, 0, 0, 0, 40), "what is swapped out is not in this pool"
 
 
+@pytest.mark.parametrize(("parent", "child", "owner"), [(6, 5, 0), (5, 6, 1), (6, 6, 0)])
+def test_a_shared_block_is_as_full_as_its_fullest_reader_has_it(parent: int, child: int, owner: int) -> None:
+    manager = BlockSpaceManager(4, 10, 10)
+    manager.allocate(group := request(0, 6, 10))
+    manager.fork(group.seqs[0], Sequence(1, [0] * 6, 6))
+    manager.block_tables[0].num_tokens, manager.block_tables[1].num_tokens = parent, child
+    assert usage(manager) == Usage(6, 0, 0, 2, 32) and layout(manager)[-1][2:] == (2, 0, 0, 2)
+    assert {piece.owner for piece in layout(manager) if piece.tokens == 2} == {owner}
+
+
 def test_the_plotting_rule_of_figure_2() -> None:
     assert Usage(50, 10, 20, 5, 15).figure_2() == (50, 10, 20, 20)
     assert Usage(50, 10, 0, 5, 35).figure_2() == (50, 10, 0, 40)

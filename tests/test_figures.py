@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from minipaged.errors import InvalidConfig
 from minipaged.reproduce import costs, lengths, paper, prompts, record_beams, serving, sharing
 from minipaged.simulate import cost
 from minipaged.simulate.beams import RecordedBeams
+from minipaged.simulate.clock import serve
 from minipaged.simulate.systems import SYSTEMS, make_system
-from minipaged.simulate.workloads import Request
+from minipaged.simulate.workloads import Request, arrivals
 from minipaged.trace import Trace
 
 
@@ -69,6 +73,16 @@ def test_the_records_are_searches_of_each_width() -> None:
         beams(3, step) for step in range(half, half + 200)], "past its end, its second half again"
     with pytest.raises(InvalidConfig, match="give one of 2, 4, 6"):
         RecordedBeams(3)
+
+
+def test_request_i_does_as_search_i() -> None:
+    path = files("minipaged") / "data" / "beams.json.gz"
+    searches = json.loads(gzip.decompress(path.read_bytes()))["4"]
+    beams, steps = RecordedBeams(4), 40
+    assert len(set(searches)) == len(searches) == 32
+    for request in (0, 1, 31, 32, 33, 70):
+        digits = "".join(str(beam) for step in range(steps) for beam in beams(request, step))
+        assert digits == searches[request % 32][:4 * steps], "one after the other, and then the first again"
 
 
 # ---- Figures 14 and 15 -----------------------------------------------------------------------------------------------
@@ -171,6 +185,14 @@ def test_curves_by_block_size_show_what_was_run(figure: Callable, panel: int) ->
     assert ours.get("Alpaca", ours.get("Swap")) in ([(32, 0.3)], [(32, 0.2)])
     fitted = [n.what for n in sheet.numbers if n.ours is not None and n.basis.startswith("fitted: ")]
     assert ["size 8," in fitted[0], "size 32," in fitted[1]] == [True, True], "what was fitted is said beside it"
+
+
+def test_under_load_requests_give_way_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(costs.RATES, "ShareGPT", 4.0)  # so that some must
+    swapped, again = (costs.under_load("ShareGPT", 16, how, 1.0) for how in ("swap", "recompute"))
+    requests = arrivals("ShareGPT", 4.0, 60.0)
+    assert swapped == serve("vLLM", requests, preemption="swap").latency
+    assert again == serve("vLLM", requests, preemption="recompute").latency != swapped
 
 
 def test_under_load_a_large_block_is_late() -> None:

@@ -14,7 +14,7 @@ from minipaged.reproduce.serving import PANELS
 from minipaged.simulate import workloads
 from minipaged.simulate.clock import Iteration, outcome, play, run, serve
 from minipaged.simulate.cost import FASTER_TRANSFORMER, SERVERS, SWAP_IN, SWAP_OUT, Cost, Work
-from minipaged.simulate.systems import SYSTEMS, make_system
+from minipaged.simulate.systems import BATCHES, SYSTEMS, make_system
 from minipaged.simulate.workloads import Request, arrivals, histogram, lengths
 
 
@@ -70,6 +70,32 @@ def test_a_batch_is_cut_at_its_size_and_at_the_models_length() -> None:
     assert iterations("FasterTransformer", [Request(0.0, 2000, 3), Request(0.0, 20, 40)], batch=2)[0].work.seqs == 2
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_prompt_of_one_token_is_a_prompt(system: str) -> None:
+    """It reads no keys and values; the token after it reads two."""
+    assert [i.work for i in iterations(system, [Request(0.0, 1, 2)])] == [Work(1, 1, 0), Work(1, 1, 2)]
+
+
+# ---- how much runs at a time -----------------------------------------------------------------------------------------
+
+def test_the_batches_of_fastertransformer_are_the_artifacts() -> None:
+    sizes = {server: (BATCHES[server, "ShareGPT"], BATCHES[server, "Alpaca"]) for server in list(SERVERS)[:3]}
+    assert sizes == {"OPT-13B": (5, 14), "OPT-66B": (2, 8), "OPT-175B": (24, 80)} and len(BATCHES) == 6
+
+
+@pytest.mark.parametrize(("system", "most"), [("vLLM", 2048), *((name, 256) for name in SYSTEMS[1:4])])
+def test_so_many_sequences_run_at_a_time(system: str, most: int) -> None:
+    first = iterations(system, [Request(0.0, 1, 1)] * (most + 1), blocks=128 * (most + 1))[0]
+    assert first.work == Work(most, most, 0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS[1:])
+def test_so_many_tokens_run_at_a_time(system: str) -> None:
+    for prompts, seqs in (((2000, 560), 2), ((2000, 561), 1)):
+        first = iterations(system, [Request(0.0, prompt, 1) for prompt in prompts])[0]
+        assert first.work == Work(seqs, sum(prompts[:seqs]), 0)
+
+
 # ---- samples, beams, prefixes ----------------------------------------------------------------------------------------
 
 def test_samples_share_the_prompt_and_copy_its_last_block() -> None:
@@ -100,6 +126,13 @@ def test_beams_fork_and_die_as_they_are_told() -> None:
     assert used == [2, 4, 4, 5] and pool.num_free == 12
     orca = iterations("Orca (Oracle)", [Request(0.0, 4, 4)], 16, block_size=2, width=2, beams=beams)
     assert [i.work.copied for i in orca] == [0, 4, 5, 6], "a fork copies all that its parent holds"
+
+
+def test_orca_copies_a_beam_for_each_that_dies() -> None:
+    for parents, copies in (((0, 0, 0), 2), ((1, 1, 2), 1), ((2, 0, 1), 0)):
+        found = iterations("Orca (Oracle)", [Request(0.0, 4, 4)], 32, block_size=2, width=3,
+                           beams=lambda request, step: parents if step else (0, 0, 0))
+        assert [i.work.copied for i in found] == [0, 2 * 4, copies * 5, copies * 6], parents
 
 
 def test_a_shared_prefix_is_computed_once_and_its_blocks_are_pinned() -> None:
