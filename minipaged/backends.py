@@ -1,4 +1,4 @@
-"""Which code computes attention: chosen once, when the engine is made, with the reason."""
+"""Which code computes attention and linear layers: chosen once, when the engine is made, with the reason."""
 
 from __future__ import annotations
 
@@ -56,6 +56,27 @@ def choose_backend(name: str, device: torch.device, head_dim: int, dtype: torch.
         return Backend("torch", f"torch: plain PyTorch, since {problem}", write, plain.attend)
     why = "asked for" if name != "auto" else f"the device is a {device.type.upper() if best == 'cpu' else 'GPU'}"
     return Backend(best, f"{best}: {why}", *_functions(best))
+
+
+def choose_linears(model: torch.nn.Module) -> str:
+    """Lay the weights of all linear layers out for this processor, if all of them can be; returns how they are computed,
+    and why, for the trace."""
+    if problem := _linears_problem(model):
+        return f"linear layers as PyTorch has them, since {problem}"
+    from .linears import pack_linears
+    from .products import COLUMNS
+
+    pack_linears(model)
+    return f"linear layers packed in panels of {COLUMNS}"
+
+
+def _linears_problem(model: torch.nn.Module) -> str | None:
+    if not find_spec("numba"):
+        return "numba, which compiles their products, is not installed"
+    from .products import problem
+
+    weights = (module.weight for module in model.modules() if type(module) is torch.nn.Linear)
+    return next(filter(None, map(problem, weights)), None)
 
 
 def _functions(name: str) -> tuple[Callable[..., None], Callable[..., torch.Tensor], BlockMoves]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import llvmlite.binding
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core.cgutils import voidptr_t
 from numba.core.typing import signature
@@ -35,13 +36,19 @@ if TYPE_CHECKING:
 FAST = dict(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order, several at a time; infinities stay
 
 
-@cache
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any]) -> "Dispatcher":
     """Compiled once for each type that it meets, and kept on disk for the next process where that is allowed."""
-    try:
-        return njit(cache=True, **FAST)(function)
-    except RuntimeError:  # neither the package's folder nor the user's takes files
-        return njit(**FAST)(function)
+    return _kept(njit, **FAST)(function)
+
+
+def _kept(compiler: Callable[..., Callable[[Callable], Any]], *signature: Any, **options: Any) -> Callable:
+    """A decorator of numba, with the disk if it can be had."""
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return compiler(*signature, cache=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's takes files
+            return compiler(*signature, **options)(function)
+    return decorate
 
 
 def array_of(x: torch.Tensor) -> np.ndarray:
@@ -58,6 +65,21 @@ def _number_of_type(bits):
     if bits == types.uint16:
         return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
     return lambda bits: bits
+
+
+def bits_of(value: float, like: np.ndarray) -> float:
+    """A float32 as an element of an array: as it is, or rounded to the bits of a bfloat16."""
+
+
+@overload(bits_of)
+def _bits_of_type(value, like):
+    if like.dtype == types.uint16:
+        def rounded(value, like):
+            """To the nearest, and of two to the even one."""
+            bits = np.float32(value).view(np.uint32)
+            return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        return rounded
+    return lambda value, like: value
 
 
 @njit(inline="always", **FAST)
@@ -82,42 +104,62 @@ def pointer(typing_context: Any, address: types.Integer) -> tuple:
     return types.voidptr(types.int64), generate
 
 
-def on_every_thread(work: "Dispatcher") -> Callable[[np.ndarray], None]:
-    """Makes ``run(numbers)`` of a compiled ``work(numbers, part)``.
+@intrinsic
+def _call(typing_context: Any, function: types.Integer, address: types.Integer, part: types.Integer) -> tuple:
+    """In a compiled function: call the one at an address, which is ``(address, part) -> None``."""
+    def generate(context: Any, builder: Any, call: Any, args: tuple) -> Any:
+        """A call through a pointer."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@njit
+def numbers_at(address: int) -> np.ndarray:
+    """In a compiled function: the int64 array at an address, of which the second number is its length."""
+    return carray(pointer(address), carray(pointer(address), 2, np.int64)[1], np.int64)
+
+
+def on_every_thread(work: Callable[[int, int], None]) -> Callable[[np.ndarray], None]:
+    """Makes ``run(numbers)`` of a function that can be compiled.
 
     Parameters
     ----------
-    work : Dispatcher
-        What ``numba.njit`` made; it gets the numbers and which part of the work to do.
+    work : Callable
+        ``work(address, part)`` gets where the numbers are, for `numbers_at`, and which part of the work to do.
 
     Returns
     -------
     Callable
-        Takes an int64 array of which the first is the number of parts, and the second the array's length; runs all
-        parts, each in a thread if there are as many, and returns when they are done.
+        Takes an int64 array of which the first is the number of parts, the second the array's length, and the third is
+        set here; runs all parts, each in a thread if there are as many, and returns when they are done.
     """
-    library = _gnu_openmp()
+    one = _kept(cfunc, types.void(types.int64, types.int64), **FAST)(work)
+    library = gnu_openmp()
     if library is None:
-        one = cfunc(types.void(types.voidptr, types.int64))(
-            lambda address, part: work(_numbers_at(address), part)).ctypes
-        return lambda numbers: _in_threads(one, numbers.ctypes.data, numbers[0])
-    thread, threads = (_symbol(library, name) for name in ("omp_get_thread_num", "omp_get_num_threads"))
-
-    @cfunc(types.void(types.voidptr))
-    def member(address: int) -> None:
-        """What each thread of the team does."""
-        numbers = _numbers_at(address)
-        for part in range(thread(), numbers[0], threads()):
-            work(numbers, part)
-
-    begin = library.GOMP_parallel  # (function, its argument, threads, flags)
+        return lambda numbers: _in_threads(one.ctypes, numbers.ctypes.data, numbers[0])
+    begin, member = library.GOMP_parallel, _member().address  # (function, its argument, threads, flags)
     begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return lambda numbers: begin(member.address, numbers.ctypes.data, numbers[0], 0)
+
+    def run(numbers: np.ndarray) -> None:
+        """All parts on PyTorch's threads."""
+        numbers[2] = one.address
+        begin(member, numbers.ctypes.data, numbers[0], 0)
+    return run
 
 
-@njit
-def _numbers_at(address: int) -> np.ndarray:
-    return carray(address, carray(address, 2, np.int64)[1], np.int64)
+@cache
+def _member() -> Any:
+    """What each thread of a team does, compiled: parts of the work that the numbers name."""
+    thread, threads = (_symbol(gnu_openmp(), name) for name in ("omp_get_thread_num", "omp_get_num_threads"))
+
+    @cfunc(types.void(types.int64))
+    def member(address):
+        numbers = numbers_at(address)
+        for part in range(thread(), numbers[0], threads()):
+            _call(numbers[2], address, part)
+    return member
 
 
 def _symbol(library: ctypes.CDLL, name: str) -> types.ExternalFunction:
@@ -135,7 +177,8 @@ def _in_threads(one: Callable[[int, int], None], address: int, parts: int) -> No
         other.result()
 
 
-def _gnu_openmp() -> ctypes.CDLL | None:
+@cache
+def gnu_openmp() -> ctypes.CDLL | None:
     """The library that PyTorch itself has loaded, or None."""
     file = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     return ctypes.CDLL(str(file)) if file.exists() else None

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import attention
-from .backends import choose_backend
+from .backends import choose_backend, choose_linears
 from .errors import InvalidConfig
-from .linears import pack_linears
 from .loading import load_config, load_model, pick_device, pick_dtype
 from .memory.cache import KVCache
 from .memory.table import translate
@@ -65,7 +64,7 @@ class ModelRunner:
         self.head_dim = getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // heads
         self.backend = choose_backend(config.attention, self.device, self.head_dim, self.dtype, config.block_size)
         self.model, self.tokenizer = load_model(source, self.dtype, self.device)
-        self.linears = pack_linears(self.model)
+        self.linears = choose_linears(self.model)
         eos = self.model.generation_config.eos_token_id
         self.eos_token_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self._size_pools(config)

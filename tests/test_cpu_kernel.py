@@ -119,10 +119,10 @@ def test_calls_from_several_threads(every_thread):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_gnu_openmp_pythons_threads_do_the_work(dtype, every_thread, monkeypatch):
+def test_withoutgnu_openmp_pythons_threads_do_the_work(dtype, every_thread, monkeypatch):
     seen = []
     in_threads = compiled._in_threads
-    monkeypatch.setattr(compiled, "_gnu_openmp", lambda: None)
+    monkeypatch.setattr(compiled, "gnu_openmp", lambda: None)
     monkeypatch.setattr(compiled, "_in_threads", lambda *args: seen.append(args[-1]) or in_threads(*args))
     cpu._run.cache_clear()
     try:
@@ -166,7 +166,7 @@ def test_where_it_cannot_run_plain_pytorch_does_and_says_so(monkeypatch):
     with pytest.warns(UserWarning, match="numba"), \
             LLM("tiny-opt", num_gpu_blocks_override=8, device="cpu", trace=trace) as llm:
         assert llm.generate([[10, 11, 12]], params)[0].outputs[0].token_ids == tokens
-    assert trace.events[0].attention == "torch" and "numba" in trace.events[0].attention_reason
+    assert trace.events[0].attention == "torch" and trace.events[0].attention_reason.count("numba") == 2
     with pytest.raises(InvalidConfig, match="numba"):
         LLM("tiny-opt", attention="cpu", device="cpu")
 
@@ -185,7 +185,7 @@ def test_where_no_folder_takes_files(tmp_path):
     script = ("import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
               "import sys; sys.path.insert(0, sys.argv[1])\n"
               "import test_cpu_kernel; test_cpu_kernel.check([1], [20]); "
-              "from minipaged.attention import cpu; print(type(cpu.compiled(cpu.decode)._cache).__name__)")
+              "from minipaged.attention import cpu; print(type(cpu.decode._cache).__name__)")
     run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
                          env=os.environ | {"NUMBA_CACHE_DIR": ""}, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

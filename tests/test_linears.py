@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from minipaged import LLM, linears
-from minipaged.linears import PackedLinear, pack_linears
+from minipaged import LLM, Trace, backends, linears, products
+from minipaged.backends import choose_linears
+from minipaged.linears import PackedLinear
 
-packs = pytest.mark.skipif(linears._problem(torch.device("cpu"), torch.float32) is not None,
-                           reason="this PyTorch packs no linear layers")
+DTYPES = [pytest.param(dtype, marks=pytest.mark.skipif(bool(problem), reason=str(problem)))
+          for dtype in (torch.float32, torch.bfloat16)
+          if (problem := products.problem(torch.zeros(2, 2, dtype=dtype))) or True]
+packs = DTYPES[0].marks[0]
 
 
-@packs
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (1, 8), (2, 31), (1, 257)])
 @torch.inference_mode()
-def test_products(dtype, tolerance, bias, rows):
-    if linears._problem(torch.device("cpu"), dtype):
-        pytest.skip("this processor has no products of bfloat16")
+def test_a_layer(dtype, bias, rows):
+    """Of several layers of one input; with ReLU; added to what is there; of rows that do not lie together."""
     torch.manual_seed(0)
-    for width, out in (48, 96), (80, 7), (256, 512):
-        linear = nn.Linear(width, out, bias, dtype=dtype)
-        x = torch.randn(*rows, width).to(dtype)
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=tolerance, rtol=tolerance)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    same = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
+    one, other = (nn.Linear(48, out, bias, dtype=dtype) for out in (96, 7))
+    x, residual = torch.randn(*rows, 48).to(dtype), torch.randn(*rows, 103).to(dtype)
+    want = torch.cat([one(x), other(x)], -1)
+    same(PackedLinear(one, other)(x), want)
+    same(PackedLinear(one, other, relu=True)(x), want.relu())
+    apart = torch.zeros(*rows, 96, dtype=dtype)
+    apart[..., ::2] = x
+    same(PackedLinear(one, other)(apart[..., ::2]), want)
+    same(PackedLinear(one, other)(torch.stack([x, x], 1)[:, 0]), want)
+    total = residual + want
+    assert PackedLinear(one, other)(x, add_to=residual) is residual
+    same(residual, total)
 
 
 class Tied(nn.Module):
@@ -50,16 +61,15 @@ def test_a_model_is_packed_whole_and_its_weights_are_given_back():
     torch.manual_seed(0)
     model, ids = Tied(), torch.tensor([1, 5, 39])
     expected, inner = model(ids), weakref.ref(model.inner.weight)
-    assert pack_linears(model) == "linear layers packed by oneDNN"
+    assert choose_linears(model) == f"linear layers packed in panels of {products.COLUMNS}"
     assert not any(type(module) is nn.Linear for module in model.modules())
     assert inner() is None, "the weight lives on beside its copy"
     assert model.embedding.weight.shape == (40, 16)
     torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@packs
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_opts_decoder_computes_what_transformers_does(bias, dtype, monkeypatch):
     config, ids = opt_config(enable_bias=bias), torch.arange(4, 20)[None]
@@ -72,7 +82,7 @@ def test_opts_decoder_computes_what_transformers_does(bias, dtype, monkeypatch):
                weakref.ref(model.model.decoder.layers[1].fc2.weight)]
     alive, first, make = [], weakref.ref(model.model.decoder.layers[0].fc1.weight), linears.PackedLayer
     monkeypatch.setattr(linears, "PackedLayer", lambda layer: alive.append(first() is not None) or make(layer))
-    pack_linears(model)
+    choose_linears(model)
     assert alive == [True, False], "a layer's weights are given back before the next is packed"
     assert [weight() for weight in weights] == [None, None], "weights live on beside their copies"
     assert not any(type(module) is nn.Linear for module in model.modules())
@@ -103,21 +113,26 @@ def test_another_decoder_than_opts_usual_one_is_left_to_transformers(changes):
     model, ids = OPTForCausalLM(opt_config(**changes)).eval(), torch.arange(4, 20)[None]
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
-        pack_linears(model)
+        choose_linears(model)
         assert not any(type(module) is nn.Linear for module in model.modules())
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ops", [SimpleNamespace(),
-                                 SimpleNamespace(_reorder_linear_weight=lambda *_: torch.zeros(2).view(3))])
-def test_without_the_operators_a_model_stays_as_it_is(ops, monkeypatch):
-    monkeypatch.setattr(torch.ops, "mkldnn", ops)
-    model = Tied()
-    assert "does not pack float32" in pack_linears(model)
-    assert type(model.inner) is nn.Linear
-    with LLM("tiny-opt", num_gpu_blocks_override=4, device="cpu") as llm:
+def test_what_cannot_be_packed_stays_as_it_is_and_says_why(monkeypatch):
+    odd = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)).bfloat16()
+    monkeypatch.setattr(products, "FEATURES", "+fma,+avx512bf16")
+    for model, why in ((Tied().to("meta"), "no CPU but meta"), (Tied().half(), "not in float16"),
+                       (odd, "3 inputs, which are no pairs")):
+        assert choose_linears(model).startswith("linear layers as PyTorch has them, since ")
+        assert why in choose_linears(model)
+        assert [type(module) is nn.Linear for module in model.modules()].count(True) == 2
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert "numba, which compiles their products, is not installed" in choose_linears(Tied())
+
+
+def test_an_older_processor_generates_all_the_same(monkeypatch):
+    monkeypatch.setattr(products, "FEATURES", "+sse2")
+    trace = Trace()
+    with LLM("tiny-opt", num_gpu_blocks_override=4, device="cpu", trace=trace) as llm:
         assert llm.generate("Four score", use_tqdm=False)[0].outputs[0].token_ids
-
-
-def test_a_gpu_is_left_alone():
-    assert "no CPU but meta" in pack_linears(Tied().to("meta"))
+    assert trace.events[0].attention_reason.endswith("as PyTorch has them, since this processor lacks fma")

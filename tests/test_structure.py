@@ -21,7 +21,7 @@ CORE = ("llm", "params", "engine", "scheduler", "sequence", "sampling", "runner"
 # Leaves that the core stands on: what comes in and goes out, text, the steps of samples and beams, and how the model is
 # found, loaded and computed.
 LEAVES = ("admission", "backends", "beam", "chaos", "compiled", "linears", "loading", "outputs", "output_processor",
-          "text")
+          "products", "text")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -150,7 +150,7 @@ def test_the_core_is_small() -> None:
                      for part in (CORE, LEAVES))
     print(f"core {total} lines of code, leaves {leaves}, longest file {longest} of {sources[longest].count(chr(10))}")
     assert total < 1600
-    assert leaves < 620
+    assert leaves < 780  # of which the products' loop, written in LLVM's language, is a fifth
     assert sources[longest].count("\n") <= 300, longest
 
 
@@ -173,7 +173,7 @@ def _definitions(node: ast.AST, public: bool = True) -> Iterator[tuple[Definitio
 
 def _is_kernel(node: Definition) -> bool:
     """Triton and numba compile these; they read annotations as their own."""
-    compilers = "triton.jit", "overload"
+    compilers = "triton.jit", "overload", "cfunc"
     return any(name in ast.unparse(decorator) for name in compilers for decorator in node.decorator_list)
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
-from ..compiled import array_of, compiled, exp, number, on_every_thread, pointer
+from ..compiled import array_of, compiled, exp, number, numbers_at, on_every_thread, pointer
 from . import plain
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: to
           rows: torch.Tensor | None) -> None:
     """New keys and values into their slots; the contract is that of `minipaged.attention`."""
     for new, blocks in ((key, keys), (value, values)):
-        compiled(place)(array_of(new), array_of(blocks), slots.numpy(), None if rows is None else rows.numpy())
+        place(array_of(new), array_of(blocks), slots.numpy(), None if rows is None else rows.numpy())
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
@@ -44,21 +44,21 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
         rows = slice(*batch.starts[i:i + 2])
         output[rows] = plain.attend_one(query[rows], keys, values, batch.slots_of(i), scale)
     if batch.decodes:
-        numbers = _numbers(batch, query, keys, scale)
-        numbers[2:6] = q.data_ptr(), output.data_ptr(), keys.data_ptr(), values.data_ptr()
-        _run(keys.dtype)(numbers)
+        _run(keys.dtype)(_numbers(batch, [q, output, keys, values], scale))
     return output.to(query.dtype)
 
 
-def _numbers(batch: "PagedBatch", query: torch.Tensor, keys: torch.Tensor, scale: float) -> np.ndarray:
-    """What `_run` takes, made at the first layer of an iteration and used in all."""
+def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> np.ndarray:
+    """What `_run` takes, made at the first layer of an iteration and used in all; the arrays are a layer's own."""
     if "cpu_numbers" not in vars(batch):
+        (q, _, keys, _), tables = arrays, batch.block_tables
         shares = _shares(batch, 2 * keys[0, 0].nbytes)
-        numbers = np.array([len(shares), 0, 0, 0, 0, 0, batch.block_tables.data_ptr(), *query.shape, *keys.shape[:3],
-                            *batch.block_tables.shape, np.float64(scale).view(np.int64), *batch.starts,
-                            *batch.context_lens, 0, *accumulate(map(len, shares)), *sum(shares, [])])
+        numbers = vars(batch)["cpu_numbers"] = np.array(
+            [len(shares), 0, 0, 0, 0, 0, 0, tables.data_ptr(), *q.shape, *keys.shape[:3], *tables.shape,
+             np.float64(scale).view(np.int64), *batch.starts, *batch.context_lens, 0, *accumulate(map(len, shares)),
+             *sum(shares, [])])
         numbers[1] = len(numbers)
-        vars(batch)["cpu_numbers"] = numbers
+    vars(batch)["cpu_numbers"][3:7] = [array.data_ptr() for array in arrays]
     return vars(batch)["cpu_numbers"]
 
 
@@ -73,24 +73,25 @@ def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[int]]:
 @cache
 def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     """`decode` in threads, for a cache of this type: what takes an iteration's numbers, each thread its share."""
-    element, over_blocks = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], compiled(decode)
+    element = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype]
 
-    @njit(nogil=True)
-    def share(n: np.ndarray, part: int) -> None:
+    def share(address: int, part: int) -> None:
         """One thread's sequences; the order of the numbers is that of `_numbers`."""
-        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[7:15]
-        query = carray(pointer(n[2]), (tokens, heads, head_dim), np.float32)
-        output = carray(pointer(n[3]), (tokens, heads, head_dim), np.float32)
-        keys = carray(pointer(n[4]), (blocks, block_size, kv_heads, head_dim), element)
-        values = carray(pointer(n[5]), (blocks, block_size, kv_heads, head_dim), element)
-        block_tables = carray(pointer(n[6]), (sequences, longest), np.int64)
-        starts, context_lens, cuts = n[16:], n[17 + sequences:], n[17 + 2 * sequences:]
-        over_blocks(query, keys, values, cuts[n[0] + 1:][cuts[part]:cuts[part + 1]], starts, block_tables,
-                    context_lens, np.float32(n[15:16].view(np.float64)[0]), output)
+        n = numbers_at(address)
+        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[8:16]
+        query = carray(pointer(n[3]), (tokens, heads, head_dim), np.float32)
+        output = carray(pointer(n[4]), (tokens, heads, head_dim), np.float32)
+        keys = carray(pointer(n[5]), (blocks, block_size, kv_heads, head_dim), element)
+        values = carray(pointer(n[6]), (blocks, block_size, kv_heads, head_dim), element)
+        block_tables = carray(pointer(n[7]), (sequences, longest), np.int64)
+        starts, context_lens, cuts = n[17:], n[18 + sequences:], n[18 + 2 * sequences:]
+        decode(query, keys, values, cuts[n[0] + 1:][cuts[part]:cuts[part + 1]], starts, block_tables,
+               context_lens, np.float32(n[16:17].view(np.float64)[0]), output)
 
     return on_every_thread(share)
 
 
+@compiled
 def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: np.ndarray, starts: np.ndarray,
            block_tables: np.ndarray, context_lens: np.ndarray, scale: float, output: np.ndarray) -> None:
     """One query per sequence over its blocks (Eq. 4), as `compiled` turns it into machine code.
@@ -139,10 +140,10 @@ def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: n
                 for h in range(heads):
                     for d in range(head_dim):
                         o[h, d] += a[h, t] * number(values[block, t, h // group, d])
-        for h in range(heads):
-            o[h] /= total[h]
+        o /= total.reshape(heads, 1)
 
 
+@compiled
 def place(new: np.ndarray, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray | None) -> None:
     """New keys or values [tokens, kv_heads, head_dim] into slots of the blocks [blocks, block_size, kv_heads, head_dim];
     the first token, or that of the first row, goes to the first slot."""

@@ -1,0 +1,223 @@
+"""Products of a few rows with weights laid out beforehand, compiled for the vector units of this processor.
+
+The linear layers of an iteration that decodes have as many rows as there are sequences: few. Then the weights, of which
+each is read once from memory for all rows, cost more than the arithmetic, and `torch.nn.Linear` rearranges them at every
+call. Here a weight is cut into panels of `COLUMNS` outputs, in which all that is needed for one input lies together; a
+thread takes whole panels, and a tile of at most `ROWS` rows by a panel's outputs is summed up in the processor's
+registers. The innermost loop is written in LLVM's language, since no compiler keeps a tile in registers by itself.
+
+@TABLE@
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .compiled import bits_of, compiled, gnu_openmp, number, numbers_at, on_every_thread, pointer
+
+FEATURES = numba.config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()
+LANES = 16 if "+avx512f" in FEATURES else 8  # float32 numbers in a register
+COLUMNS = 2 * LANES  # outputs in a panel
+ROWS = 12 if LANES == 16 else 6  # rows in a tile, so that two registers a row, and the panel's two, are there
+STORE, RELU, ADD = range(3)  # what becomes of a product: it is stored, or what of it is positive, or it is added
+
+
+def problem(weight: torch.Tensor) -> str | None:
+    """Why products with a weight [outputs, inputs] cannot be computed here, or None."""
+    if weight.device.type != "cpu":
+        return f"the device is no CPU but {weight.device.type}"
+    needed = {torch.float32: "fma", torch.bfloat16: "avx512bf16"}.get(weight.dtype)
+    if needed is None:
+        return f"they are packed in float32 and bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
+    if f"+{needed}" not in FEATURES.split(","):
+        return f"this processor lacks {needed}"
+    if gnu_openmp() is None:
+        return "PyTorch's threads here are not GNU's"
+    return f"a layer has {weight.shape[1]} inputs, which are no pairs" if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 else None
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Lay a weight [outputs, inputs] out in panels; the outputs that the last one lacks are 0.
+
+    Returns
+    -------
+    Tensor [panels, inputs, COLUMNS]
+        Of bfloat16 [panels, inputs / 2, 2 COLUMNS]: an output's weights of two inputs lie side by side, as the processor
+        multiplies them.
+    """
+    outputs, inputs = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % COLUMNS))
+    pairs = padded.view(-1, COLUMNS, inputs // together, together)  # [panels, COLUMNS, inputs / together, together]
+    return pairs.transpose(1, 2).reshape(-1, inputs // together, COLUMNS * together).contiguous()
+
+
+def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, then: int) -> None:
+    """out = x times a packed weight, plus the bias.
+
+    Parameters
+    ----------
+    x : Tensor [rows, inputs]
+        Its rows lie one behind the other.
+    packed : Tensor [panels, inputs, COLUMNS]
+        As `pack` gave it.
+    bias : Tensor [outputs] or None
+        Of x's type, as is ``out``.
+    out : Tensor [rows, outputs]
+        Receives the result, rounded once to its type; with ``ADD`` the result is added to what is there.
+    then : int
+        ``STORE``, ``RELU`` or ``ADD``.
+    """
+    parts = min(torch.get_num_threads(), len(packed))
+    numbers = np.array([parts, 12, 0, x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                        out.data_ptr(), *out.shape, x.shape[1], len(packed), then])
+    _run(x.dtype)(numbers)
+
+
+@cache
+def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
+    """A product of numbers of this type in threads: takes the numbers that `multiply` makes."""
+    element, together = {torch.float32: (np.float32, 1), torch.bfloat16: (np.uint16, 2)}[dtype]
+
+    def share(address: int, part: int) -> None:
+        """One thread's panels."""
+        n = numbers_at(address)
+        rows, outputs, inputs, panels, then = n[7:12]
+        first, end = part * panels // n[0], (part + 1) * panels // n[0]
+        tiles(carray(pointer(n[3]), (rows, inputs), element),
+              carray(pointer(n[4]), (panels, inputs // together, COLUMNS * together), element),
+              carray(pointer(n[5]), (outputs if n[5] else 0,), element), carray(pointer(n[6]), (rows, outputs), element),
+              first, end, then)
+
+    return on_every_thread(share)
+
+
+@compiled
+def tiles(x: np.ndarray, packed: np.ndarray, bias: np.ndarray, out: np.ndarray, first: int, end: int,
+          then: int) -> None:
+    """The panels from ``first`` up to ``end``, tile by tile; the arrays are those of `multiply`, and a missing bias is
+    empty. Five tiles of rows take a panel in turn, while it is in the processor's cache."""
+    sums = np.empty((ROWS, COLUMNS), np.float32)
+    for block in range(0, len(x), 5 * ROWS):
+        for panel in range(first, end):
+            for row in range(block, min(block + 5 * ROWS, len(x)), ROWS):
+                rows = x[row:min(row + ROWS, len(x))]
+                tile_sums(rows, packed[panel], sums)
+                finish(sums, bias[panel * COLUMNS:(panel + 1) * COLUMNS],
+                       out[row:row + len(rows), panel * COLUMNS:(panel + 1) * COLUMNS], then)
+
+
+@compiled
+def finish(sums: np.ndarray, bias: np.ndarray, out: np.ndarray, then: int) -> None:
+    """A tile's sums [ROWS, COLUMNS] into its part of the output, which at the edges is smaller."""
+    for r in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            value = sums[r, c]
+            if len(bias):
+                value += number(bias[c])
+            if then == RELU and value < 0:  # what is not a number stays
+                value = np.float32(0)
+            if then == ADD:
+                value = number(bits_of(value, out)) + number(out[r, c])
+            out[r, c] = bits_of(value, out)
+
+
+class _BFloat16(ir.Type):
+    """LLVM's type of that name, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+@intrinsic
+def tile_sums(typing_context: Any, x: types.Array, panel: types.Array, sums: types.Array) -> tuple:
+    """In a compiled function: sums = x times a panel.
+
+    Parameters
+    ----------
+    x : array [rows, inputs]
+        At most `ROWS` rows.
+    panel : array [inputs, COLUMNS], or of bfloat16's bits [inputs / 2, 2 COLUMNS]
+        As `pack` lays it out.
+    sums : float32 array [ROWS, COLUMNS]
+        Receives them.
+    """
+    def generate(context: Any, builder: ir.IRBuilder, call: Any, args: tuple) -> Any:
+        """Of each number of rows a loop of its own, as registers have no index."""
+        x, panel, sums = (context.make_array(kind)(context, builder, value) for kind, value in zip(call.args, args))
+        rows, steps = (builder.extract_value(array.shape, 0) for array in (x, panel))
+        stride = builder.extract_value(x.strides, 0)  # bytes
+        after = builder.append_basic_block("after")
+        cases = builder.switch(rows, after)
+        for count in range(1, ROWS + 1):
+            block = builder.append_basic_block(f"rows{count}")
+            cases.add_case(ir.Constant(rows.type, count), block)
+            builder.position_at_end(block)
+            _sum(builder, count, x.data, stride, panel.data, steps, sums.data, call.args[0].dtype == types.uint16)
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+    return types.void(x, panel, sums), generate
+
+
+def _sum(builder: ir.IRBuilder, rows: int, x: ir.Value, stride: ir.Value, panel: ir.Value, steps: ir.Value,
+         sums: ir.Value, pairs: bool) -> None:
+    """The loop over the inputs, or over pairs of them: two registers of the panel times a number of each row."""
+    of_floats, of_ints = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+    kind = of_ints if pairs else of_floats
+    tile = [[cgutils.alloca_once_value(builder, ir.Constant(of_floats, None)) for _ in range(2)] for _ in range(rows)]
+    starts = [builder.bitcast(builder.gep(builder.bitcast(x, ir.IntType(8).as_pointer()),
+                                          [builder.mul(stride, ir.Constant(stride.type, r))]),
+                              kind.element.as_pointer()) for r in range(rows)]
+    panel = builder.bitcast(panel, kind.as_pointer())
+    with cgutils.for_range(builder, steps) as loop:
+        _keep_rolled(builder)
+        first = builder.mul(loop.index, ir.Constant(loop.index.type, 2))
+        weights = [builder.load(builder.gep(panel, [builder.add(first, ir.Constant(first.type, half))]),
+                                align=4) for half in range(2)]
+        for start, totals in zip(starts, tile):
+            broadcast = _splat(builder, builder.load(builder.gep(start, [loop.index])), kind)
+            for weight, total in zip(weights, totals):
+                builder.store(_add_product(builder, broadcast, weight, builder.load(total), pairs), total)
+    sums = builder.bitcast(sums, of_floats.as_pointer())
+    for index, total in enumerate(sum(tile, [])):
+        builder.store(builder.load(total), builder.gep(sums, [ir.Constant(steps.type, index)]), align=4)
+
+
+def _keep_rolled(builder: ir.IRBuilder) -> None:
+    """Keeps LLVM from unrolling the loop, for which there are not registers enough: an instruction that says of itself
+    that it must not be copied, and does nothing."""
+    nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
+    builder.call(nothing, [], attrs=("convergent",))
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    """A vector of which each number is this."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None))
+
+
+def _add_product(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value, pairs: bool) -> ir.Value:
+    """total + a times b, rounded once; of pairs of bfloat16, both products."""
+    name, kind = f"llvm.fma.v{LANES}f32", a.type
+    if pairs:
+        name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", _PAIRS
+        a, b = builder.bitcast(a, kind), builder.bitcast(b, kind)
+    args = [total, a, b] if pairs else [a, b, total]
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(total.type, [arg.type for arg in args]), name)
+    return builder.call(function, args)

@@ -1,0 +1,133 @@
+"""Products with packed weights are what PyTorch's are, on every edge of a tile, and their tiles stay in registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipaged import products
+from minipaged.products import ADD, COLUMNS, RELU, ROWS, STORE, multiply, pack
+
+DTYPES = torch.float32, torch.bfloat16
+EDGES = sorted({1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 5 * ROWS, 5 * ROWS + 1, 11 * ROWS + 3})
+
+
+def here(dtype: torch.dtype) -> None:
+    if problem := products.problem(torch.zeros(2, 2, dtype=dtype)):
+        pytest.skip(problem)
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, before: torch.Tensor,
+             then: int) -> torch.Tensor:
+    """In float64, rounded to x's type where PyTorch's operators, one after the other, would round."""
+    product = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    product = product.to(x.dtype)
+    return {STORE: product, RELU: product.relu(), ADD: product + before}[then]
+
+
+def check(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool, then: int) -> None:
+    torch.manual_seed(rows)
+    x, weight, offset = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    before = torch.randn(rows, outputs).to(dtype) if then == ADD else torch.full((rows, outputs), float("nan")).to(dtype)
+    out, packed = before.clone(), pack(weight)
+    assert packed.numel() == inputs * COLUMNS * -(-outputs // COLUMNS), "no panel is empty"
+    multiply(x, packed, offset if bias else None, out, then)
+    want = expected(x, weight, offset if bias else None, before, then)
+    # Sums of so many terms, in another order; of bfloat16 one step of its 8 bits, where a sum lies between two.
+    step = 2.0 ** -7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out, want, rtol=step, atol=step * inputs ** 0.5)
+    assert dtype == torch.float32 or (out == want).float().mean() > 0.97, "all but sums between two numbers are rounded alike"
+
+
+@pytest.mark.parametrize("then", [STORE, RELU, ADD])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_edge(dtype, bias, then):
+    """Rows that fill no tile, outputs that fill no panel, one panel for two threads."""
+    here(dtype)
+    for rows in EDGES:
+        for inputs, outputs in (2, 1), (48, COLUMNS), (80, COLUMNS + 7), (256, 5 * COLUMNS - 1):
+            check(rows, inputs, outputs, dtype, bias, then)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_panels_are_shared_among_threads(threads, monkeypatch):
+    here(torch.float32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for panels in 1, 2, 3, 7, 8:
+        check(3, 16, panels * COLUMNS, torch.float32, True, STORE)
+
+
+def test_what_is_no_number_stays_none():
+    """Blocks that are read after they were freed are found by it."""
+    for dtype in DTYPES:
+        here(dtype)
+        for then in STORE, RELU, ADD:
+            for bad in float("nan"), float("inf"):
+                out = torch.zeros(1, 40, dtype=dtype)
+                x = torch.zeros(1, 8, dtype=dtype)
+                x[0, 5] = bad
+                multiply(x, pack(torch.ones(40, 8, dtype=dtype)), None, out, then)
+                assert (out.isnan() if bad != bad else out.isinf()).all()
+
+
+def test_products_from_several_threads():
+    here(torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda rows: check(rows, 96, 200, torch.float32, True, RELU), [3, 17, 40, 5] * 5))
+
+
+@pytest.mark.parametrize("shape, dtype, says", [((4, 4), torch.float16, "float32 and bfloat16, not in float16"),
+                                                ((4, 3), torch.bfloat16, "3 inputs, which are no pairs")])
+def test_what_cannot_be_packed(shape, dtype, says, monkeypatch):
+    monkeypatch.setattr(products, "FEATURES", "+fma,+avx512bf16")
+    assert says in products.problem(torch.zeros(*shape, dtype=dtype))
+    assert products.problem(torch.zeros(4, 4)) is None
+    monkeypatch.setattr(products, "FEATURES", "+fma4,+avx512bf")  # others, whose names begin alike
+    assert products.problem(torch.zeros(4, 4)) == "this processor lacks fma"
+    assert products.problem(torch.zeros(4, 4, dtype=torch.bfloat16)) == "this processor lacks avx512bf16"
+    monkeypatch.setattr(products, "gnu_openmp", lambda: None)
+    monkeypatch.setattr(products, "FEATURES", "+fma")
+    assert "threads" in products.problem(torch.zeros(4, 4))
+
+
+OLDER = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx,+sse4.2"}
+
+
+def python(script: str, **environment: str) -> str:
+    run = subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + script,
+                          str(Path(__file__).parent)], capture_output=True, text=True, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_processor_with_registers_half_as_wide():
+    here(torch.float32)
+    assert python("import torch, test_products as tests\n"
+                  "assert tests.COLUMNS == 16 and tests.products.problem(torch.zeros(2, 2)) is None\n"
+                  "for then in 0, 1, 2: tests.test_every_edge(torch.float32, True, then)\n"
+                  "print(tests.products.problem(torch.zeros(2, 2, dtype=torch.bfloat16)))",
+                  **OLDER) == "this processor lacks avx512bf16\n"
+
+
+@pytest.mark.parametrize("element, product, environment", [
+    ("float32", "vfmadd", {}), ("float32", "vfmadd", OLDER), ("uint16", "vdpbf16ps", {})])
+def test_a_tile_stays_in_registers(element, product, environment):
+    """Of every number of rows one loop, with two products for each row, in which nothing is stored."""
+    here(torch.float32 if element == "float32" else torch.bfloat16)
+    script = ("from numba import njit, types\nfrom minipaged import compiled, products\n"
+              "tiles, kind = njit(**compiled.FAST)(products.tiles.py_func), types.{}\n"
+              "tiles.compile((kind[:, ::1], kind[:, :, ::1], kind[::1], kind[:, ::1], *3 * [types.int64]))\n"
+              "print(products.ROWS, *tiles.inspect_asm().values())")
+    rows, assembly = python(script.format(element), **environment).split(maxsplit=1)
+    loops = [body for _, body in re.findall(r"^(\.L\w+):\n((?:(?!^\.L\w+:).*\n)*?\s+j\w+\s+\1\n)", assembly, re.M)]
+    loops = [body for body in loops if "APP" in body]
+    assert sorted(body.count(product) for body in loops) == [2 * count for count in range(1, int(rows) + 1)]
+    assert not [line for body in loops for line in body.splitlines() if re.search(r"\tv?mov\w+\s+%\S+, .*\(", line)]
