@@ -37,14 +37,17 @@ class PackedLinear(nn.Module):
         self.then = RELU if relu else STORE
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.packed, self.out_features = pack(weight), len(weight)
+        # Rows that lie a multiple of 4 KiB apart share a few lines of the processor's cache and drive each other out; the
+        # next product would wait for them. So each is followed by an unused line.
+        self.row = self.out_features + (64 // weight.itemsize if self.out_features * weight.itemsize % 4096 == 0 else 0)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
 
     def forward(self, x: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
         """x times the weight, plus the bias; added to a contiguous [..., out_features], in place, if one is given."""
-        out = x.new_empty(*x.shape[:-1], self.out_features) if add_to is None else add_to
+        out = x.new_empty(*x.shape[:-1], self.row)[..., :self.out_features] if add_to is None else add_to
         rows = x.reshape(-1, x.shape[-1])
-        multiply(rows.contiguous(), self.packed, self.bias, out.view(len(rows), -1),
+        multiply(rows if rows.stride(1) == 1 else rows.contiguous(), self.packed, self.bias, out.view(len(rows), -1),
                           self.then if add_to is None else ADD)
         return out
 

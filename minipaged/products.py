@@ -69,7 +69,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, o
     Parameters
     ----------
     x : Tensor [rows, inputs]
-        Its rows lie one behind the other.
+        The numbers of a row lie side by side, as those of ``out``.
     packed : Tensor [panels, inputs, COLUMNS]
         As `pack` gave it.
     bias : Tensor [outputs] or None
@@ -80,8 +80,8 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, o
         ``STORE``, ``RELU`` or ``ADD``.
     """
     parts = min(torch.get_num_threads(), len(packed))
-    numbers = np.array([parts, 12, 0, x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
-                        out.data_ptr(), *out.shape, x.shape[1], len(packed), then])
+    numbers = np.array([parts, 14, 0, x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                        out.data_ptr(), *out.shape, x.shape[1], len(packed), then, x.stride(0), out.stride(0)])
     _run(x.dtype)(numbers)
 
 
@@ -93,12 +93,12 @@ def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     def share(address: int, part: int) -> None:
         """One thread's panels."""
         n = numbers_at(address)
-        rows, outputs, inputs, panels, then = n[7:12]
+        rows, outputs, inputs, panels, then, x_row, out_row = n[7:14]
         first, end = part * panels // n[0], (part + 1) * panels // n[0]
-        tiles(carray(pointer(n[3]), (rows, inputs), element),
+        tiles(carray(pointer(n[3]), (rows, x_row), element)[:, :inputs],
               carray(pointer(n[4]), (panels, inputs // together, COLUMNS * together), element),
-              carray(pointer(n[5]), (outputs if n[5] else 0,), element), carray(pointer(n[6]), (rows, outputs), element),
-              first, end, then)
+              carray(pointer(n[5]), (outputs if n[5] else 0,), element),
+              carray(pointer(n[6]), (rows, out_row), element)[:, :outputs], first, end, then)
 
     return on_every_thread(share)
 

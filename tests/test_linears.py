@@ -29,7 +29,7 @@ def test_a_layer(dtype, bias, rows):
     torch.manual_seed(0)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     same = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
-    one, other = (nn.Linear(48, out, bias, dtype=dtype) for out in (96, 7))
+    one, other, wide = (nn.Linear(48, out, bias, dtype=dtype) for out in (96, 7, 2048))
     x, residual = torch.randn(*rows, 48).to(dtype), torch.randn(*rows, 103).to(dtype)
     want = torch.cat([one(x), other(x)], -1)
     same(PackedLinear(one, other)(x), want)
@@ -38,6 +38,11 @@ def test_a_layer(dtype, bias, rows):
     apart[..., ::2] = x
     same(PackedLinear(one, other)(apart[..., ::2]), want)
     same(PackedLinear(one, other)(torch.stack([x, x], 1)[:, 0]), want)
+    aligned = PackedLinear(wide)(x)
+    same(aligned, wide(x))
+    assert aligned.stride(-2) * dtype.itemsize % 4096 == 64, "rows would drive each other out of the cache"
+    back = nn.Linear(2048, 5, bias, dtype=dtype)
+    same(PackedLinear(back)(aligned), back(aligned))
     total = residual + want
     assert PackedLinear(one, other)(x, add_to=residual) is residual
     same(residual, total)
