@@ -6,7 +6,19 @@ call. Here a weight is cut into panels of `COLUMNS` outputs, in which all that i
 thread takes whole panels, and a tile of at most `ROWS` rows by a panel's outputs is summed up in the processor's
 registers. The innermost loop is written in LLVM's language, since no compiler keeps a tile in registers by itself.
 
-@TABLE@
+Measured against `torch.nn.Linear` and against the product of weights that oneDNN laid out, which PyTorch reaches by a
+private operator (ms a layer, medians in turn, on two cores of a Zen 4):
+
+    rows, layer               float32                       bfloat16
+                              Linear   oneDNN   here        Linear   oneDNN   here
+    1     768 to 2304         0.60     0.38     0.25        0.24     0.16     0.14
+    32    768 to 2304         1.33     0.77     0.72        0.49     0.36     0.32
+    1     768 to 50272        11.7     5.1      2.8         5.4      3.3      2.6
+    8     768 to 50272        21.8     6.3      4.7         6.9      3.7      2.9
+    32    768 to 50272        36.9     13.5     12.6        10.6     6.9      6.8
+    400   768 to 50272        215      158      153         101      84       83
+
+One row takes as long as its weights need from memory; from 32 on, arithmetic decides.
 """
 
 from __future__ import annotations
