@@ -174,6 +174,9 @@ def test_a_curve_goes_on_until_it_is_past_the_level(monkeypatch: pytest.MonkeyPa
     papers = [x for x, _ in paper.curves("fig12c")["Orca (Max)"]]
     points = serving.curve("fig12c", "Orca (Max)", 60)
     assert asked[0] == ("OPT-175B", "ShareGPT", 15), "a quarter of an hour, as in the paper"
+    for panel, system, minutes in (("fig12f", "vLLM", 15), ("fig12f", "FasterTransformer", 60), ("fig12b", "vLLM", 60)):
+        serving.curve(panel, system, 60)
+        assert asked[-1][2] == minutes, "of FasterTransformer the artifact has an hour"
     rates = [x for x, _ in points]
     assert rates[:len(papers)] == papers and rates[-1] == pytest.approx(papers[-1] * 1.05**(len(rates) - len(papers)))
     assert points[-2][1] < 0.5 <= points[-1][1] and serving.crossing(points, 0.5) == pytest.approx(1.25, rel=0.01)

@@ -194,17 +194,26 @@ def test_the_constants_fit_the_points_that_they_name() -> None:
 
 
 @pytest.mark.parametrize(("panel", "system", "points", "seconds"), [
-    ("fig12a", "FasterTransformer", 1, 3600), ("fig12b", "FasterTransformer", 1, 3600),
-    ("fig12c", "FasterTransformer", 1, 900), ("fig12a", "vLLM", 2, 900), ("fig12b", "vLLM", 2, 1800),
+    ("fig12a", "vLLM", 2, 900), ("fig12b", "vLLM", 2, 1800),
     ("fig12c", "vLLM", 1, 900), ("fig12d", "vLLM", 1, 60), ("fig12e", "vLLM", 1, 60), ("fig12f", "vLLM", 1, 60),
     ("fig12a", "Orca (Max)", 1, 3600), ("fig12b", "Orca (Pow2)", 1, 3600), ("fig12c", "Orca (Max)", 1, 900),
     ("fig12d", "Orca (Pow2)", 1, 60), ("fig12e", "Orca (Max)", 1, 600), ("fig12f", "Orca (Max)", 1, 60)])
 def test_the_constants_fit_the_lightest_loads(panel: str, system: str, points: int, seconds: float) -> None:
-    """Within 12 %: a few constants go through all of them."""
+    """Within 10 %: a few constants go through all of them."""
     server, workload = PANELS[panel]
     for rate, latency in curves(panel)[system][:points]:
         ours = serve(system, arrivals(workload, rate, seconds), server).latency
-        assert ours == pytest.approx(latency, rel=0.12), (rate, ours / latency)
+        assert ours == pytest.approx(latency, rel=0.1), (rate, ours / latency)
+
+
+@pytest.mark.parametrize("panel", ["fig12a", "fig12b", "fig12c"])
+def test_fastertransformer_is_as_late_as_in_the_paper(panel: str) -> None:
+    """An hour of requests: the first point is fitted to; the next two, where batches form and wait, are found."""
+    server, workload = PANELS[panel]
+    for (rate, latency), within in zip(curves(panel)["FasterTransformer"], (0.01, 0.04, 0.1)):
+        requests = arrivals(workload, rate, 3600)
+        ours = serve("FasterTransformer", requests, server, batch=BATCHES[server, workload]).latency
+        assert ours == pytest.approx(latency, rel=within), (rate, ours / latency)
 
 
 def test_more_and_faster_gpus() -> None:
