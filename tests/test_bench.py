@@ -34,7 +34,9 @@ def test_the_checkpoint_has_the_geometry_of_opt_125m(tmp_path):
 
 def test_every_contender_generates_every_token():
     field = make_field("tiny-opt", "float32", ["full", "quarter"], True, SMALL)
-    assert [contender.pool for contender in field] == ["full", "quarter"] * 3
+    assert [(contender.name, contender.pool) for contender in field[:3]] == [
+        ("minipaged", "full"), ("minipaged", "quarter"), ("minipaged, swapping", "quarter")]
+    assert [contender.pool for contender in field[3:]] == ["full", "quarter"] * 2
     for contender in field:
         run = contender.run(SMALL)
         assert run.tokens == SMALL.output_tokens and run.seconds >= sum(run.steps)
@@ -56,6 +58,15 @@ def test_what_is_counted_is_what_the_trace_says():
     assert Minipaged("tiny-opt", "float32", "full", 99).run(SMALL).peak_blocks == max(running)
 
 
+def test_swapping_leaves_nothing_to_be_computed_again():
+    trace, default = Trace(), Minipaged("tiny-opt", "float32", "quarter", 5)
+    swapping = Minipaged("tiny-opt", "float32", "quarter", 5, preemption_mode="swap")
+    swapping.llm.engine.record(trace)
+    run = swapping.run(SMALL)
+    assert {event.how for event in trace.events if event.kind == "preempt"} == {"swap"}
+    assert run.preemptions == default.run(SMALL).preemptions > 0 and run.tokens == SMALL.output_tokens
+
+
 def test_steps_in_which_all_decode_are_told_apart():
     run = Minipaged("tiny-opt", "float32", "full", 99).run(SMALL)
     assert len(run.steps) == max(SMALL.output_lens)
@@ -64,7 +75,7 @@ def test_steps_in_which_all_decode_are_told_apart():
 
 def test_medians_and_ratios():
     ours, theirs = Minipaged.__new__(Minipaged), SimpleNamespace(name="theirs", pool="full")
-    ours.pool, ours.blocks = "full", 8
+    ours.name, ours.pool, ours.blocks = "minipaged", "full", 8
     ours.llm = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(backend=SimpleNamespace(reason="why"))))
     runs = [[Run(100, seconds, (0.1, 0.2, 0.3), (0.2,), 7, 2) for seconds in (1.0, 2.0, 10.0)],
             [Run(100, seconds) for seconds in (4.0, 4.0, 100.0)]]

@@ -71,10 +71,15 @@ def _source(model: str) -> Iterator[str]:
 
 
 def make_field(source: str, dtype: str, pools: Sequence[str], against: bool, load: Workload) -> list[Contender]:
-    """Everyone who runs, each with each pool; transformers' two share one copy of the weights."""
+    """Everyone who runs, each with each pool; transformers' two share one copy of the weights.
+
+    Where requests must give way, minipaged runs once more with all of them swapped: on a CPU both pools lie in the same
+    memory, and a copy costs less than to compute again (§7.3).
+    """
     needed = load.blocks(BLOCK_SIZE)
     blocks = {pool: max(ceil(sum(needed) * SHARES[pool]), *needed) for pool in pools}
     field: list[Contender] = [Minipaged(source, dtype, pool, blocks[pool]) for pool in pools]
+    field += [Minipaged(source, dtype, pool, blocks[pool], preemption_mode="swap") for pool in pools if pool != "full"]
     if against:
         from transformers import AutoModelForCausalLM
 
@@ -88,7 +93,7 @@ def make_field(source: str, dtype: str, pools: Sequence[str], against: bool, loa
 
 def report(field: Sequence[Contender], runs: Sequence[Sequence[Run]], load: Workload, what: str) -> str:
     """One line for each contender and pool: medians over the rounds, and minipaged's lead, the median of the ratios."""
-    ours = {contender.pool: kept for contender, kept in zip(field, runs) if isinstance(contender, Minipaged)}
+    ours = {contender.pool: kept for contender, kept in zip(field, runs) if contender.name == "minipaged"}
     rows = [_row(contender, kept, ours[contender.pool]) for contender, kept in zip(field, runs)]
     return "\n".join([
         text_table(HEADER, rows, f"{what}: {len(load.prompts)} requests at once, {load.prompt_tokens:,} prompt and "

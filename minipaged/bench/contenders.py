@@ -72,15 +72,18 @@ class Minipaged:
         In the device pool.
     block_size : int
         Tokens of a block.
+    preemption_mode : str or None
+        As `LLM` takes it.
     """
 
-    name = "minipaged"
-
-    def __init__(self, source: str, dtype: str, pool: str, blocks: int, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(self, source: str, dtype: str, pool: str, blocks: int, block_size: int = BLOCK_SIZE,
+                 preemption_mode: str | None = None) -> None:
         from .. import LLM
 
         self.pool, self.blocks = pool, blocks
-        self.llm = LLM(source, dtype=dtype, block_size=block_size, num_gpu_blocks_override=blocks, audit=False)
+        self.name = "minipaged, swapping" if preemption_mode == "swap" else "minipaged"
+        self.llm = LLM(source, dtype=dtype, block_size=block_size, num_gpu_blocks_override=blocks, audit=False,
+                       preemption_mode=preemption_mode)
 
     def run(self, load: Workload) -> Run:
         """All requests at once, greedy, each to its full length."""
