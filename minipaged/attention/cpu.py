@@ -32,8 +32,7 @@ WORTH_A_THREAD = 1 << 19  # bytes of keys and values, read in the time that it t
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           rows: torch.Tensor | None) -> None:
     """New keys and values into their slots; the contract is that of `minipaged.attention`."""
-    for new, blocks in ((key, keys), (value, values)):
-        place(array_of(new), array_of(blocks), slots.numpy(), None if rows is None else rows.numpy())
+    place(*map(array_of, (key, value, keys, values)), slots.numpy(), None if rows is None else rows.numpy())
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
@@ -144,9 +143,10 @@ def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: n
 
 
 @compiled
-def place(new: np.ndarray, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray | None) -> None:
-    """New keys or values [tokens, kv_heads, head_dim] into slots of the blocks [blocks, block_size, kv_heads, head_dim];
+def place(key: np.ndarray, value: np.ndarray, keys: np.ndarray, values: np.ndarray, slots: np.ndarray,
+          rows: np.ndarray | None) -> None:
+    """New keys, values [tokens, kv_heads, head_dim] into slots of the blocks [blocks, block_size, kv_heads, head_dim];
     the first token, or that of the first row, goes to the first slot."""
     for i in range(len(slots)):
-        block, offset = divmod(slots[i], blocks.shape[1])
-        blocks[block, offset] = new[i if rows is None else rows[i]]
+        row, (block, offset) = i if rows is None else rows[i], divmod(slots[i], keys.shape[1])
+        keys[block, offset], values[block, offset] = key[row], value[row]
