@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
         out = x.new_empty(*x.shape[:-1], self.row)[..., :self.out_features] if add_to is None else add_to
         rows = x.reshape(-1, x.shape[-1])
         multiply(rows if rows.stride(1) == 1 else rows.contiguous(), self.packed, self.bias, out.view(len(rows), -1),
-                          self.then if add_to is None else ADD)
+                 self.then if add_to is None else ADD)
         return out
 
 

@@ -56,7 +56,9 @@ def problem(weight: torch.Tensor) -> str | None:
         return f"this processor lacks {needed}"
     if gnu_openmp() is None:
         return "PyTorch's threads here are not GNU's"
-    return f"a layer has {weight.shape[1]} inputs, which are no pairs" if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 else None
+    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2:
+        return f"a layer has {weight.shape[1]} inputs, which are no pairs"
+    return None
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

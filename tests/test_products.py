@@ -35,7 +35,8 @@ def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, b
 def check(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool, then: int) -> None:
     torch.manual_seed(rows)
     x, weight, offset = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
-    before = torch.randn(rows, outputs).to(dtype) if then == ADD else torch.full((rows, outputs), float("nan")).to(dtype)
+    old = torch.randn(rows, outputs) if then == ADD else torch.full((rows, outputs), torch.nan)
+    before = old.to(dtype)
     out, packed = before.clone(), pack(weight)
     assert packed.numel() == inputs * COLUMNS * -(-outputs // COLUMNS), "no panel is empty"
     multiply(x, packed, offset if bias else None, out, then)
@@ -43,7 +44,7 @@ def check(rows: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool, 
     # Sums of so many terms, in another order; of bfloat16 one step of its 8 bits, where a sum lies between two.
     step = 2.0 ** -7 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(out, want, rtol=step, atol=step * inputs ** 0.5)
-    assert dtype == torch.float32 or (out == want).float().mean() > 0.97, "all but sums between two numbers are rounded alike"
+    assert dtype == torch.float32 or (out == want).float().mean() > 0.97, "only sums between two numbers may differ"
 
 
 @pytest.mark.parametrize("then", [STORE, RELU, ADD])
