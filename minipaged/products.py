@@ -42,6 +42,7 @@ FEATURES = numba.config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features()
 LANES = 16 if "+avx512f" in FEATURES else 8  # float32 numbers in a register
 COLUMNS = 2 * LANES  # outputs in a panel
 ROWS = 12 if LANES == 16 else 6  # rows in a tile, so that two registers a row, and the panel's two, are there
+WORTH_A_THREAD = 1 << 19  # bytes of weights, multiplied by a tile in the time that it takes to wake another thread
 STORE, RELU, ADD = range(3)  # what becomes of a product: it is stored, or what of it is positive, or it is added
 
 
@@ -93,7 +94,8 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, o
     then : int
         ``STORE``, ``RELU`` or ``ADD``.
     """
-    parts = min(torch.get_num_threads(), len(packed))
+    work = packed.nbytes * -(-len(x) // ROWS)
+    parts = min(torch.get_num_threads(), len(packed), 1 + work // WORTH_A_THREAD)
     numbers = np.array([parts, 14, 0, x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
                         out.data_ptr(), *out.shape, x.shape[1], len(packed), then, x.stride(0), out.stride(0)])
     _run(x.dtype)(numbers)

@@ -19,6 +19,13 @@ DTYPES = torch.float32, torch.bfloat16
 EDGES = sorted({1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 5 * ROWS, 5 * ROWS + 1, 11 * ROWS + 3})
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is shared out, however small it is, and on a machine with a single core too."""
+    monkeypatch.setattr(products, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
 def here(dtype: torch.dtype) -> None:
     if problem := products.problem(torch.zeros(2, 2, dtype=dtype)):
         pytest.skip(problem)
@@ -58,12 +65,23 @@ def test_every_edge(dtype, bias, then):
             check(rows, inputs, outputs, dtype, bias, then)
 
 
-@pytest.mark.parametrize("threads", [1, 3, 8])
-def test_panels_are_shared_among_threads(threads, monkeypatch):
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_panels_are_shared_among_threads(count, monkeypatch):
     here(torch.float32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
     for panels in 1, 2, 3, 7, 8:
         check(3, 16, panels * COLUMNS, torch.float32, True, STORE)
+
+
+def test_little_work_wakes_no_thread(monkeypatch):
+    """A weight of a tile of rows; of one row more, which the weight is read a second time for."""
+    here(torch.float32)
+    parts, weight = [], pack(torch.zeros(8 * COLUMNS, 16))
+    monkeypatch.setattr(products, "_run", lambda dtype: lambda numbers: parts.append(numbers[0]))
+    monkeypatch.setattr(products, "WORTH_A_THREAD", 2 * weight.nbytes)
+    for rows in 1, ROWS, ROWS + 1, 100 * ROWS:
+        multiply(torch.zeros(rows, 16), weight, None, torch.zeros(rows, 8 * COLUMNS), STORE)
+    assert parts == [1, 1, 2, 2]
 
 
 def test_what_is_no_number_stays_none():
