@@ -44,6 +44,7 @@ def compiled(function: Callable[..., Any]) -> "Dispatcher":
 def _kept(compiler: Callable[..., Callable[[Callable], Any]], *signature: Any, **options: Any) -> Callable:
     """A decorator of numba, with the disk if it can be had."""
     def decorate(function: Callable[..., Any]) -> Any:
+        """What the compiler makes of a function."""
         try:
             return compiler(*signature, cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's takes files
@@ -155,7 +156,8 @@ def _member() -> Any:
     thread, threads = (_symbol(gnu_openmp(), name) for name in ("omp_get_thread_num", "omp_get_num_threads"))
 
     @cfunc(types.void(types.int64))
-    def member(address):
+    def member(address: int) -> None:
+        """Parts from this thread's number on, in steps of the team's size."""
         numbers = numbers_at(address)
         for part in range(thread(), numbers[0], threads()):
             _call(numbers[2], address, part)

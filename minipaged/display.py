@@ -30,6 +30,7 @@ def text_table(header: Rows[str], rows: Rows[Rows[object]], title: str = "") -> 
 def html_table(header: Rows[str], rows: Rows[Rows[object]], title: str = "") -> str:
     """The same table for a notebook, with every cell escaped; parameters as in `text_table`."""
     def row_of(tag: str, row: Rows[object]) -> str:
+        """One row of cells, each escaped."""
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
 
     caption = f"<caption>{html.escape(title)}</caption>" if title else ""

@@ -117,8 +117,7 @@ class PackedLayer(nn.Module):
 
 
 def pack_linears(parent: nn.Module) -> None:
-    """Put a `PackedLinear` in the place of each linear layer, and a `PackedDecoder` in
-    that of OPT's decoder.
+    """Put a `PackedLinear` in the place of each linear layer, and a `PackedDecoder` in that of OPT's decoder.
 
     A weight's memory is given back as its copy is made. One that the model uses elsewhere too, as the embedding that is
     the output layer's weight as well, stays beside the copy.

@@ -107,10 +107,12 @@ def _queries(runner: "ModelRunner", token_id: int, position: int,
     found: list[tuple[torch.Tensor, float]] = []
 
     def attend(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        """A layer's attention, whose query and scale are kept."""
         found.append((query[0], rest[-1]))
         return runner.backend.attend(query, *rest)
 
     def tensor(values: list) -> torch.Tensor:
+        """Whole numbers on the model's device."""
         return torch.tensor(values, dtype=torch.int64, device=runner.device)
 
     batch = PagedBatch([1], [position + 1], tensor([table]), tensor([]), tensor([]), runner.cache,

@@ -12,7 +12,7 @@ from ..simulate.systems import SYSTEMS
 from ..simulate.workloads import lengths, requests
 from .paper import Point, curves
 from .serving import BASIS, compared, differences, until_late
-from .sheet import Curves, Figure, Job, Number, Sheet
+from .sheet import Curves, Figure, Job, Sheet
 
 # ---- Figure 16 -------------------------------------------------------------------------------------------------------
 

@@ -140,6 +140,7 @@ def _runs(pieces: list[Piece], num_slots: int) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {use: [] for use in USES}
 
     def add(use: str, first: int, end: int) -> None:
+        """These slots; a run of the same use that ends where they begin grows by them."""
         if found[use] and found[use][-1][1] == first:
             first = found[use].pop()[0]
         if end > first:
@@ -179,6 +180,7 @@ def _pool(pieces: list[Piece], runs: dict[str, list[Run]], num_slots: int, block
     scale = (RIGHT - LEFT) / row_slots
 
     def boxes(run: Run) -> str:
+        """A run's outline, a box in each row that it has slots in."""
         return "".join(box(LEFT + a * scale, top + row * (ROW + GAP), (b - a) * scale, ROW)
                        for row, a, b in _rows(run, row_slots))
 

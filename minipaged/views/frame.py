@@ -157,6 +157,7 @@ def waiting(state: MemoryState) -> list[int]:
 def visible(text: str) -> str:
     """Token text on one line: a space as a middle dot, and as escapes what cannot be seen or would break lines."""
     def show(char: str) -> str:
+        """A character, or what stands for it."""
         if char == " ":
             return "·"
         if char == "\\":

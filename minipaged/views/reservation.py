@@ -58,6 +58,7 @@ class Reservation:
 def reservation_text(r: Reservation) -> str:
     """Slots and bytes of both, as a table."""
     def row(name: str, slots: int, used: int, future: int, never: int) -> tuple[object, ...]:
+        """A layout with its slots, and those in use, used later and never used."""
         return name, slots, used, future, never, f"{used / slots:.1%}", size_of(slots * r.bytes_per_token)
 
     return text_table(["", "slots", "used", "used later", "never used", "in use", "memory"], [

@@ -164,6 +164,7 @@ def _map(frame: Frame, host: bool) -> str:
     rows, note = map_rows(physical_blocks(frame, host))
 
     def cell(block: Block) -> str:
+        """A block: its first reader, its filled slots if not all, its readers if several."""
         if not block.readers:
             return "."
         return (names[block.readers[0][0]] + (f"({block.filled})" if block.filled < size else "")

@@ -205,6 +205,7 @@ def _pools(line: Timeline, width: int, scale: float, y: float) -> tuple[list[str
     full = bottom - POOL * line.start.num_blocks / most
 
     def outline(used: list[int]) -> str:
+        """The steps of a line through these numbers of blocks, for a path."""
         return "".join(f"V{bottom - POOL * number / most:.1f}h{scale:.2f}" for number in at_most(used, width))
 
     elements = [path(f"M{LEFT} {bottom}{outline(line.device)}V{bottom}z", fill="#c9c9c9", stroke=INK),

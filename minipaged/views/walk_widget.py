@@ -36,6 +36,7 @@ def styles() -> str:
 def encode(walk: Walk) -> dict[str, Any]:
     """A walk as `static/walk.js` reads it: token texts made visible, numbers to six digits."""
     def short(value: float) -> float:
+        """A number to six digits."""
         return float(f"{value:.6g}")
 
     entries = [dict(block=entry.block, tokens=list(map(visible, entry.tokens)), scores=list(map(short, entry.scores)),
