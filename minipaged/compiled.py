@@ -52,11 +52,6 @@ def _kept(compiler: Callable[..., Callable[[Callable], Any]], *signature: Any, *
     return decorate
 
 
-def array_of(x: torch.Tensor) -> np.ndarray:
-    """The tensor's memory; of bfloat16, which numpy does not have, the bits."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
 def number(bits: float) -> float:
     """An element of the cache as a number: a bfloat16 is the upper half of a float32."""
 
@@ -106,14 +101,15 @@ def pointer(typing_context: Any, address: types.Integer) -> tuple:
 
 
 @intrinsic
-def _call(typing_context: Any, function: types.Integer, address: types.Integer, part: types.Integer) -> tuple:
-    """In a compiled function: call the one at an address, which is ``(address, part) -> None``."""
+def _call(typing_context: Any, function: types.Integer, address: types.Integer, step: types.Integer,
+          part: types.Integer, parts: types.Integer) -> tuple:
+    """In a compiled function: call the one at an address, which is ``(address, step, part, parts) -> None``."""
     def generate(context: Any, builder: Any, call: Any, args: tuple) -> Any:
         """A call through a pointer."""
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(64)])
+        kind = ir.FunctionType(ir.VoidType(), 4 * [ir.IntType(64)])
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(*5 * [types.int64]), generate
 
 
 @njit
@@ -122,24 +118,26 @@ def numbers_at(address: int) -> np.ndarray:
     return carray(pointer(address), carray(pointer(address), 2, np.int64)[1], np.int64)
 
 
-def on_every_thread(work: Callable[[int, int], None]) -> Callable[[np.ndarray], None]:
+def on_every_thread(work: Callable[[int, int, int, int], None]) -> Callable[[np.ndarray], None]:
     """Makes ``run(numbers)`` of a function that can be compiled.
 
     Parameters
     ----------
     work : Callable
-        ``work(address, part)`` gets where the numbers are, for `numbers_at`, and which part of the work to do.
+        ``work(address, step, part, parts)`` gets where the numbers are, for `numbers_at`, which step of the work to do,
+        and which part of it, of how many: not more than were asked for.
 
     Returns
     -------
     Callable
-        Takes an int64 array of which the first is the number of parts, the second the array's length, and the third is
-        set here; runs all parts, each in a thread if there are as many, and returns when they are done.
+        Takes an int64 array of which the first is the number of parts, the second the array's length, the third is set
+        here, and the fourth is the number of steps; runs all parts of a step, each in a thread of its own, before any
+        part of the next, and returns when they are done.
     """
-    one = _kept(cfunc, types.void(types.int64, types.int64), **FAST)(work)
+    one = _kept(cfunc, types.void(*4 * [types.int64]), **FAST)(work)
     library = gnu_openmp()
     if library is None:
-        return lambda numbers: _in_threads(one.ctypes, numbers.ctypes.data, numbers[0])
+        return lambda numbers: _in_threads(one.ctypes, numbers.ctypes.data, numbers[3], numbers[0])
     begin, member = library.GOMP_parallel, _member().address  # (function, its argument, threads, flags)
     begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
 
@@ -152,31 +150,35 @@ def on_every_thread(work: Callable[[int, int], None]) -> Callable[[np.ndarray], 
 
 @cache
 def _member() -> Any:
-    """What each thread of a team does, compiled: parts of the work that the numbers name."""
-    thread, threads = (_symbol(gnu_openmp(), name) for name in ("omp_get_thread_num", "omp_get_num_threads"))
+    """What each thread of a team does, compiled: a part of each step of the work that the numbers name."""
+    thread, threads = (_symbol(f"omp_get_{name}", types.int32) for name in ("thread_num", "num_threads"))
+    wait_for_all = _symbol("GOMP_barrier", types.void)
 
     @cfunc(types.void(types.int64))
     def member(address: int) -> None:
-        """Parts from this thread's number on, in steps of the team's size."""
+        """The part of this thread's number, of as many as the team has threads."""
         numbers = numbers_at(address)
-        for part in range(thread(), numbers[0], threads()):
-            _call(numbers[2], address, part)
+        for step in range(numbers[3]):
+            if step:
+                wait_for_all()
+            _call(numbers[2], address, step, thread(), threads())
     return member
 
 
-def _symbol(library: ctypes.CDLL, name: str) -> types.ExternalFunction:
-    """A function of the library, () -> int32, for compiled functions to call."""
+def _symbol(name: str, returns: types.Type) -> types.ExternalFunction:
+    """A function of GNU's OpenMP without arguments, for compiled functions to call."""
     unique = f"minipaged_{name}"  # numba has one of that name too, of a pool of its own
-    llvmlite.binding.add_symbol(unique, ctypes.cast(library[name], ctypes.c_void_p).value)
-    return types.ExternalFunction(unique, signature(types.int32))
+    llvmlite.binding.add_symbol(unique, ctypes.cast(gnu_openmp()[name], ctypes.c_void_p).value)
+    return types.ExternalFunction(unique, signature(returns))
 
 
-def _in_threads(one: Callable[[int, int], None], address: int, parts: int) -> None:
-    """Run all parts on Python's threads, of which one is this."""
-    others = [_threads(parts - 1).submit(one, address, part) for part in range(1, parts)]
-    one(address, 0)
-    for other in others:
-        other.result()
+def _in_threads(one: Callable[[int, int, int, int], None], address: int, steps: int, parts: int) -> None:
+    """Run all parts of each step on Python's threads, of which one is this."""
+    for step in range(steps):
+        others = [_threads(parts - 1).submit(one, address, step, part, parts) for part in range(1, parts)]
+        one(address, step, 0, parts)
+        for other in others:
+            other.result()
 
 
 @cache

@@ -11,13 +11,34 @@ import torch
 from torch import nn
 
 from . import attention
-from .products import ADD, RELU, STORE, multiply, pack
+from .chains import Chain, Step
+from .products import ADD, NORM, RELU, STORE, pack
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
-    from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer
+    from transformers.models.opt.modeling_opt import OPTDecoder
 
     from .attention import PagedBatch
+
+
+HIDDEN, NORMED, QKV, INNER, ATTENDED = range(5)  # the buffers of a decoder's chains
+
+
+def product(source: int, target: int, *linears: nn.Linear, then: int = STORE) -> Step:
+    """What linear layers of one input compute, their outputs one behind the other, with a copy of their weights."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return Step(source, target, pack(weight), torch.cat(biases) if biases else None, len(weight), then)
+
+
+def buffer(like: torch.Tensor, width: int) -> torch.Tensor:
+    """A new Tensor [rows, width].
+
+    Rows that lie a multiple of 4 KiB apart share a few lines of the processor's cache and drive each other out; the next
+    product would wait for them. So each is followed by an unused line.
+    """
+    unused = 64 // like.itemsize if width * like.itemsize % 4096 == 0 else 0
+    return like.new_empty(len(like), width + unused)[:, :width]
 
 
 class PackedLinear(nn.Module):
@@ -25,35 +46,27 @@ class PackedLinear(nn.Module):
 
     Parameters
     ----------
-    linears : Linear
-        The layer that it stands for, or several of one input, whose outputs come one behind the other. The weight is
-        copied into panels, and the layer's own is not kept.
-    relu : bool
-        Apply that as well, while the product is at hand.
+    linear : Linear
+        The layer that it stands for. The weight is copied into panels, and the layer's own is not kept.
     """
 
-    def __init__(self, *linears: nn.Linear, relu: bool = False) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.then = RELU if relu else STORE
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.packed, self.out_features = pack(weight), len(weight)
-        # Rows that lie a multiple of 4 KiB apart share a few lines of the processor's cache and drive each other out; the
-        # next product would wait for them. So each is followed by an unused line.
-        self.row = self.out_features + (64 // weight.itemsize if self.out_features * weight.itemsize % 4096 == 0 else 0)
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        self.chain, self.out_features = Chain([product(0, 1, linear)]), linear.out_features
 
-    def forward(self, x: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        """x times the weight, plus the bias; added to a contiguous [..., out_features], in place, if one is given."""
-        out = x.new_empty(*x.shape[:-1], self.row)[..., :self.out_features] if add_to is None else add_to
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x times the weight, plus the bias."""
         rows = x.reshape(-1, x.shape[-1])
-        multiply(rows if rows.stride(1) == 1 else rows.contiguous(), self.packed, self.bias, out.view(len(rows), -1),
-                 self.then if add_to is None else ADD)
-        return out
+        out = buffer(rows, self.out_features)
+        self.chain.run(rows if rows.stride(1) == 1 else rows.contiguous(), out)
+        return out.view(*x.shape[:-1], -1)
 
 
 class PackedDecoder(nn.Module):
     """Takes the place of transformers' `OPTDecoder`, which asks at each call about masks, caches and training.
+
+    Between the attention of one layer and that of the next lies a chain of products and norms: queries, keys and values
+    are one product of three times the width, and ReLU and the residual are applied while a product is at hand.
 
     Parameters
     ----------
@@ -64,11 +77,16 @@ class PackedDecoder(nn.Module):
     def __init__(self, decoder: "OPTDecoder") -> None:
         super().__init__()
         self.embed_tokens, self.embed_positions = decoder.embed_tokens, decoder.embed_positions
-        self.layers = nn.ModuleList()
+        self.chains, steps = [], []
         for index, layer in enumerate(decoder.layers):
-            self.layers.append(PackedLayer(layer))
+            of = layer.self_attn
+            steps += [norm(layer.self_attn_layer_norm), product(NORMED, QKV, of.q_proj, of.k_proj, of.v_proj)]
+            self.chains.append(Chain(steps))
+            steps = [product(ATTENDED, HIDDEN, of.out_proj, then=ADD), norm(layer.final_layer_norm),
+                     product(NORMED, INNER, layer.fc1, then=RELU), product(INNER, HIDDEN, layer.fc2, then=ADD)]
             decoder.layers[index] = nn.Identity()  # its weights are given back
-        self.final_layer_norm = decoder.final_layer_norm
+        self.chains.append(Chain(steps + [norm(decoder.final_layer_norm)]))
+        self.heads, self.scale, self.inner = (3, of.num_heads, of.head_dim), of.scaling, layer.fc1.out_features
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -76,44 +94,28 @@ class PackedDecoder(nn.Module):
         from transformers.models.opt.modeling_opt import OPTDecoder
 
         return type(module) is OPTDecoder and module.config.activation_function == "relu" and (
-            module.project_in is None and module.final_layer_norm is not None)
+            module.project_in is None and module.final_layer_norm is not None
+            and module.final_layer_norm.elementwise_affine)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, paged_batch: "PagedBatch",
                 **_: object) -> "BaseModelOutputWithPast":
         """Token ids and positions [1, tokens] to hidden states [1, tokens, hidden]; the batch is the runner's."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        hidden_states = self.embed_tokens(input_ids) + self.embed_positions(None, position_ids=position_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, paged_batch)
-        return BaseModelOutputWithPast(self.final_layer_norm(hidden_states))
+        hidden = (self.embed_tokens(input_ids) + self.embed_positions(None, position_ids=position_ids))[0]
+        width = hidden.shape[1]
+        buffers = [hidden, *(buffer(hidden, numbers) for numbers in (width, 3 * width, self.inner))]
+        query, key, value = buffers[QKV].unflatten(1, self.heads).unbind(1)
+        self.chains[0].run(*buffers)
+        for layer, chain in enumerate(self.chains[1:]):
+            attended = attention.write_and_attend(layer, query, key, value, paged_batch, self.scale)
+            chain.run(*buffers, attended.view(hidden.shape))
+        return BaseModelOutputWithPast(buffers[NORMED][None])
 
 
-class PackedLayer(nn.Module):
-    """A decoder layer: queries, keys and values are one product of three times the width, and ReLU is applied while its
-    product is at hand.
-
-    Parameters
-    ----------
-    layer : OPTDecoderLayer
-        What it stands for.
-    """
-
-    def __init__(self, layer: "OPTDecoderLayer") -> None:
-        super().__init__()
-        of = layer.self_attn
-        self.index, self.heads, self.scale = of.layer_idx, (of.num_heads, of.head_dim), of.scaling
-        self.qkv = PackedLinear(of.q_proj, of.k_proj, of.v_proj)
-        self.out = PackedLinear(of.out_proj)
-        self.fc1, self.fc2 = PackedLinear(layer.fc1, relu=True), PackedLinear(layer.fc2)
-        self.norm1, self.norm2 = layer.self_attn_layer_norm, layer.final_layer_norm
-
-    def forward(self, hidden_states: torch.Tensor, paged_batch: "PagedBatch") -> torch.Tensor:
-        """[1, tokens, hidden] to the same tensor, in which the result takes the place of what was given."""
-        query, key, value = self.qkv(self.norm1(hidden_states)).view(-1, 3, *self.heads).unbind(1)
-        attended = attention.write_and_attend(self.index, query, key, value, paged_batch, self.scale)
-        self.out(attended.view(hidden_states.shape), add_to=hidden_states)
-        return self.fc2(self.fc1(self.norm2(hidden_states)), add_to=hidden_states)
+def norm(layer: nn.LayerNorm) -> Step:
+    """What a layer norm computes of the hidden states."""
+    return Step(HIDDEN, NORMED, layer.weight.detach(), layer.bias.detach(), len(layer.weight), NORM, layer.eps)
 
 
 def pack_linears(parent: nn.Module) -> None:

@@ -11,20 +11,18 @@ private operator (ms a layer, medians in turn, on two cores of a Zen 4):
 
     rows, layer               float32                       bfloat16
                               Linear   oneDNN   here        Linear   oneDNN   here
-    1     768 to 2304         0.60     0.38     0.25        0.24     0.16     0.14
-    32    768 to 2304         1.33     0.77     0.72        0.49     0.36     0.32
-    1     768 to 50272        11.7     5.1      2.8         5.4      3.3      2.6
-    8     768 to 50272        21.8     6.3      4.7         6.9      3.7      2.9
-    32    768 to 50272        36.9     13.5     12.6        10.6     6.9      6.8
-    400   768 to 50272        215      158      153         101      84       83
+    1     768 to 2304         0.61     0.36     0.25        0.24     0.16     0.13
+    32    768 to 2304         1.08     0.69     0.58        0.46     0.34     0.31
+    1     768 to 50272        12.0     5.7      4.6         4.5      3.1      2.3
+    8     768 to 50272        21.9     6.3      4.6         5.5      3.3      2.4
+    32    768 to 50272        32.4     13.0     13.2        9.7      6.8      6.5
+    400   768 to 50272        182      162      159         77       71       80
 
 One row takes as long as its weights need from memory; from 32 on, arithmetic decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -32,18 +30,17 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import bits_of, compiled, gnu_openmp, number, numbers_at, on_every_thread, pointer
+from .compiled import bits_of, compiled, gnu_openmp, number
 
 FEATURES = numba.config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()
 LANES = 16 if "+avx512f" in FEATURES else 8  # float32 numbers in a register
 COLUMNS = 2 * LANES  # outputs in a panel
 ROWS = 12 if LANES == 16 else 6  # rows in a tile, so that two registers a row, and the panel's two, are there
-WORTH_A_THREAD = 1 << 19  # bytes of weights, multiplied by a tile in the time that it takes to wake another thread
-STORE, RELU, ADD = range(3)  # what becomes of a product: it is stored, or what of it is positive, or it is added
+STORE, RELU, ADD, NORM = range(4)  # what a step of a chain does
 
 
 def problem(weight: torch.Tensor) -> str | None:
@@ -78,75 +75,38 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(-1, inputs // together, COLUMNS * together).contiguous()
 
 
-def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, then: int) -> None:
-    """out = x times a packed weight, plus the bias.
-
-    Parameters
-    ----------
-    x : Tensor [rows, inputs]
-        The numbers of a row lie side by side, as those of ``out``.
-    packed : Tensor [panels, inputs, COLUMNS]
-        As `pack` gave it.
-    bias : Tensor [outputs] or None
-        Of x's type, as is ``out``.
-    out : Tensor [rows, outputs]
-        Receives the result, rounded once to its type; with ``ADD`` the result is added to what is there.
-    then : int
-        ``STORE``, ``RELU`` or ``ADD``.
-    """
-    work = packed.nbytes * -(-len(x) // ROWS)
-    parts = min(torch.get_num_threads(), len(packed), 1 + work // WORTH_A_THREAD)
-    numbers = np.array([parts, 14, 0, x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
-                        out.data_ptr(), *out.shape, x.shape[1], len(packed), then, x.stride(0), out.stride(0)])
-    _run(x.dtype)(numbers)
-
-
-@cache
-def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
-    """A product of numbers of this type in threads: takes the numbers that `multiply` makes."""
-    element, together = {torch.float32: (np.float32, 1), torch.bfloat16: (np.uint16, 2)}[dtype]
-
-    def share(address: int, part: int) -> None:
-        """One thread's panels."""
-        n = numbers_at(address)
-        rows, outputs, inputs, panels, then, x_row, out_row = n[7:14]
-        first, end = part * panels // n[0], (part + 1) * panels // n[0]
-        tiles(carray(pointer(n[3]), (rows, x_row), element)[:, :inputs],
-              carray(pointer(n[4]), (panels, inputs // together, COLUMNS * together), element),
-              carray(pointer(n[5]), (outputs if n[5] else 0,), element),
-              carray(pointer(n[6]), (rows, out_row), element)[:, :outputs], first, end, then)
-
-    return on_every_thread(share)
-
-
 @compiled
-def tiles(x: np.ndarray, packed: np.ndarray, bias: np.ndarray, out: np.ndarray, first: int, end: int,
+def tiles(x: np.ndarray, packed: np.ndarray, bias: np.ndarray, out: np.ndarray, outputs: int, first: int, end: int,
           then: int) -> None:
-    """The panels from ``first`` up to ``end``, tile by tile; the arrays are those of `multiply`, and a missing bias is
-    empty. Five tiles of rows take a panel in turn, while it is in the processor's cache."""
-    sums = np.empty((ROWS, COLUMNS), np.float32)
-    for block in range(0, len(x), 5 * ROWS):
+    """out [rows, outputs and more] = x [rows, inputs and more] times a packed weight, plus a bias, or none, which is
+    empty: the panels from ``first`` up to ``end``, tile by tile. Five tiles of rows, about equally high, take a panel in
+    turn, while it is in the processor's cache."""
+    sums, count = np.empty((ROWS, COLUMNS), np.float32), (len(x) + ROWS - 1) // ROWS
+    height = (len(x) + count - 1) // count
+    for block in range(0, len(x), 5 * height):
         for panel in range(first, end):
-            for row in range(block, min(block + 5 * ROWS, len(x)), ROWS):
-                rows = x[row:min(row + ROWS, len(x))]
+            columns = slice(panel * COLUMNS, min((panel + 1) * COLUMNS, outputs))
+            for row in range(block, min(block + 5 * height, len(x)), height):
+                rows = x[row:min(row + height, len(x))]
                 tile_sums(rows, packed[panel], sums)
-                finish(sums, bias[panel * COLUMNS:(panel + 1) * COLUMNS],
-                       out[row:row + len(rows), panel * COLUMNS:(panel + 1) * COLUMNS], then)
+                for r in range(len(rows)):
+                    finish(sums[r], bias[columns], out[row + r, columns], then)
 
 
 @compiled
 def finish(sums: np.ndarray, bias: np.ndarray, out: np.ndarray, then: int) -> None:
-    """A tile's sums [ROWS, COLUMNS] into its part of the output, which at the edges is smaller."""
-    for r in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            value = sums[r, c]
-            if len(bias):
-                value += number(bias[c])
-            if then == RELU and value < 0:  # what is not a number stays
-                value = np.float32(0)
-            if then == ADD:
-                value = number(bits_of(value, out)) + number(out[r, c])
-            out[r, c] = bits_of(value, out)
+    """A row of a tile's sums, at least as many as there are outputs, becomes what is asked for. One loop for each thing
+    to do: in one for all, numbers would not be taken several at a time."""
+    for c in range(len(bias)):
+        sums[c] += number(bias[c])
+    if then == RELU:
+        for c in range(len(out)):
+            sums[c] = np.float32(0) if sums[c] < 0 else sums[c]  # what is not a number stays
+    if then == ADD:
+        for c in range(len(out)):
+            sums[c] = number(bits_of(sums[c], out)) + number(out[c])
+    for c in range(len(out)):
+        out[c] = bits_of(sums[c], out)
 
 
 class _BFloat16(ir.Type):

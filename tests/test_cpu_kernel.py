@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -66,6 +67,42 @@ def test_heads_that_share_a_kv_head(group, kv_heads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims_and_types(head_dim, dtype):
     check([1, 70, 1, 9], [33, 70, 200, 41], head_dim=head_dim, dtype=dtype, kv_heads=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_no_number_stays_with_its_head(value, head_dim, dtype):
+    """Of a token's value it reaches its own place of the output, of a key the whole head; as in Eq. 4."""
+    query, keys, values, batch, tables = make_batch([1, 1], [40, 21], 16, 1, 3, head_dim, dtype, 0)
+    keys[tables[0][1], 3, 1, head_dim - 1], values[tables[1][0], 5, 2, head_dim - 1] = float("nan"), value
+    got, expected = (backend.attend(query, keys, values, batch, 0.125) for backend in (cpu, eager))
+    assert not expected[0, 1].isfinite().any() and expected[0, [0, 2]].isfinite().all()
+    assert (~expected[1].isfinite()).nonzero().tolist() == [[2, head_dim - 1]]
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [[1, 1, 1], [1, 5, 1], [1]])
+def test_queries_lie_as_a_product_or_transformers_leave_them(queries, dtype):
+    query, keys, values, batch, _ = make_batch(queries, [40, 9, 33][:len(queries)], 16, 2, 2, 64, dtype, 0)
+    expected = cpu.attend(query, keys, values, batch, 0.125)
+    beside = torch.stack([query, torch.full_like(query, torch.nan)], 1)[:, 0]  # rows of a wider product
+    by_head = query.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    for view in beside, by_head:
+        got = cpu.attend(view, keys, values, batch, 0.125)
+        assert got.is_contiguous() and torch.equal(got, expected)
+
+
+def test_registers_half_as_wide():
+    """As on a processor without AVX-512: eight tokens at a time."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1])\nimport test_cpu_kernel as tests\n"
+              "for dtype in tests.DTYPES: tests.check([1] * 3, [5, 33, 130], head_dim=72, dtype=dtype)\n"
+              "from minipaged.decoding import LANES; print(LANES)")
+    older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx,+sse4.2"}
+    run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
+                         env=os.environ | (older if platform.machine() == "x86_64" else {}))
+    assert run.returncode == 0 and run.stdout == "8\n", run.stderr
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -409,7 +409,8 @@ def test_making_the_llm_again_does_not_grow_memory():
             sizes.append(process.memory_info().rss >> 20)
     finally:
         gc.enable()
-    assert sizes[-1] - sizes[2] < 100, sizes
+    # Each is made while the one before is alive, so that two places in memory may take turns.
+    assert max(sizes[-2:]) - max(sizes[2:4]) < 100, sizes
     del llm
 
 

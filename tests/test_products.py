@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipaged import products
-from minipaged.products import ADD, COLUMNS, RELU, ROWS, STORE, multiply, pack
+from minipaged import chains, compiled, products
+from minipaged.chains import Chain, Step
+from minipaged.products import ADD, COLUMNS, NORM, RELU, ROWS, STORE, pack
 
 DTYPES = torch.float32, torch.bfloat16
 EDGES = sorted({1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 5 * ROWS, 5 * ROWS + 1, 11 * ROWS + 3})
@@ -22,13 +23,17 @@ EDGES = sorted({1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 5 * ROWS, 5 * ROWS + 1
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is shared out, however small it is, and on a machine with a single core too."""
-    monkeypatch.setattr(products, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(chains, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 def here(dtype: torch.dtype) -> None:
     if problem := products.problem(torch.zeros(2, 2, dtype=dtype)):
         pytest.skip(problem)
+
+
+def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, then: int) -> None:
+    Chain([Step(0, 1, packed, bias, out.shape[1], then)]).run(x, out)
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, before: torch.Tensor,
@@ -65,6 +70,57 @@ def test_every_edge(dtype, bias, then):
             check(rows, inputs, outputs, dtype, bias, then)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 16, 50, 768])
+def test_a_norm(dtype, width):
+    """Of rows far from 0, of one that is the same number throughout, and of rows that do not lie together."""
+    here(dtype)
+    torch.manual_seed(width)
+    for rows in 1, 2, 13:
+        x, (weight, bias) = (3 * torch.randn(rows, width) + 40).to(dtype), torch.randn(2, width).to(dtype)
+        x[0] = 5
+        source, target = torch.zeros(2, rows, width + 3, dtype=dtype)
+        source[:, :width] = x
+        Chain([Step(0, 1, weight, bias, width, NORM, 1e-3)]).run(source, target)
+        want = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-3)
+        step = 2.0 ** -7 if dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(target[:, :width].double(), want, rtol=step, atol=step)
+        assert not target[:, width:].any(), "what lies behind a row is left alone"
+
+
+def decoder_like(dtype: torch.dtype, rows: int) -> tuple[Chain, list[torch.Tensor], torch.Tensor]:
+    """A chain in which every step reads what the one before has just written, its buffers, and what shall come of it."""
+    torch.manual_seed(rows)
+    (up, down), (weight, bias) = torch.randn(2, 3 * COLUMNS, 3 * COLUMNS) / 8, torch.randn(2, 3 * COLUMNS)
+    up, down, weight, bias = (x.to(dtype) for x in (up, down, weight, bias))
+    steps = [Step(0, 1, weight, bias, 3 * COLUMNS, NORM, 1e-5), Step(1, 2, pack(up), None, 3 * COLUMNS, RELU),
+             Step(2, 0, pack(down), bias, 3 * COLUMNS, ADD)]
+    buffers = [torch.randn(rows, 3 * COLUMNS).to(dtype), *torch.zeros(2, rows, 3 * COLUMNS, dtype=dtype)]
+    want = buffers[0]
+    for _ in range(8):
+        inner = torch.nn.functional.linear(torch.layer_norm(want, [3 * COLUMNS], weight, bias, 1e-5), up).relu()
+        want = want + torch.nn.functional.linear(inner, down, bias)
+    return Chain(8 * steps), buffers, want
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_thread_begins_a_step_before_all_have_done_the_last(dtype, openmp, monkeypatch):
+    here(dtype)
+    chains._run.cache_clear()
+    if not openmp:
+        monkeypatch.setattr(compiled, "gnu_openmp", lambda: None)
+    try:
+        for rows in 1, 2, 3, 5 * ROWS + 1:
+            for _ in range(20):
+                chain, buffers, want = decoder_like(dtype, rows)
+                chain.run(*buffers)
+                step = 0.1 if dtype == torch.bfloat16 else 1e-4
+                torch.testing.assert_close(buffers[0], want, rtol=step, atol=20 * step)
+    finally:
+        chains._run.cache_clear()
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_panels_are_shared_among_threads(count, monkeypatch):
     here(torch.float32)
@@ -77,11 +133,12 @@ def test_little_work_wakes_no_thread(monkeypatch):
     """A weight of a tile of rows; of one row more, which the weight is read a second time for."""
     here(torch.float32)
     parts, weight = [], pack(torch.zeros(8 * COLUMNS, 16))
-    monkeypatch.setattr(products, "_run", lambda dtype: lambda numbers: parts.append(numbers[0]))
-    monkeypatch.setattr(products, "WORTH_A_THREAD", 2 * weight.nbytes)
+    monkeypatch.setattr(chains, "_run", lambda dtype: lambda numbers: parts.append(numbers[0]))
+    monkeypatch.setattr(chains, "WORTH_A_THREAD", 2 * weight.nbytes)
     for rows in 1, ROWS, ROWS + 1, 100 * ROWS:
         multiply(torch.zeros(rows, 16), weight, None, torch.zeros(rows, 8 * COLUMNS), STORE)
-    assert parts == [1, 1, 2, 2]
+    Chain(2 * [Step(0, 1, weight, None, 8 * COLUMNS)]).run(*torch.zeros(2, 1, 8 * COLUMNS))
+    assert parts == [1, 1, 2, 2, 2]
 
 
 def test_what_is_no_number_stays_none():
@@ -143,7 +200,7 @@ def test_a_tile_stays_in_registers(element, product, environment):
     here(torch.float32 if element == "float32" else torch.bfloat16)
     script = ("from numba import njit, types\nfrom minipaged import compiled, products\n"
               "tiles, kind = njit(**compiled.FAST)(products.tiles.py_func), types.{}\n"
-              "tiles.compile((kind[:, ::1], kind[:, :, ::1], kind[::1], kind[:, ::1], *3 * [types.int64]))\n"
+              "tiles.compile((kind[:, ::1], kind[:, :, ::1], kind[::1], kind[:, ::1], *4 * [types.int64]))\n"
               "print(products.ROWS, *tiles.inspect_asm().values())")
     rows, assembly = python(script.format(element), **environment).split(maxsplit=1)
     loops = [body for _, body in re.findall(r"^(\.L\w+):\n((?:(?!^\.L\w+:).*\n)*?\s+j\w+\s+\1\n)", assembly, re.M)]

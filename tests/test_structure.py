@@ -20,8 +20,8 @@ PACKAGE = Path(minipaged.__file__).parent
 CORE = ("llm", "params", "engine", "scheduler", "sequence", "sampling", "runner", "memory", "attention")
 # Leaves that the core stands on: what comes in and goes out, text, the steps of samples and beams, and how the model is
 # found, loaded and computed.
-LEAVES = ("admission", "backends", "beam", "chaos", "compiled", "linears", "loading", "outputs", "output_processor",
-          "products", "text")
+LEAVES = ("admission", "backends", "beam", "chains", "chaos", "compiled", "decoding", "linears", "loading", "outputs",
+          "output_processor", "products", "text", "vectors")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -150,7 +150,7 @@ def test_the_core_is_small() -> None:
                      for part in (CORE, LEAVES))
     print(f"core {total} lines of code, leaves {leaves}, longest file {longest} of {sources[longest].count(chr(10))}")
     assert total < 1600
-    assert leaves < 780  # of which the products' loop, written in LLVM's language, is a fifth
+    assert leaves < 965  # of which what is written in LLVM's language, the products' loop and attention's, is a fifth
     assert sources[longest].count("\n") <= 300, longest
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numba import carray
 
-from ..compiled import array_of, compiled, exp, number, numbers_at, on_every_thread, pointer
+from ..compiled import numbers_at, on_every_thread, pointer
+from ..decoding import decode
 from . import plain
 
 if TYPE_CHECKING:
@@ -32,19 +33,29 @@ WORTH_A_THREAD = 1 << 19  # bytes of keys and values, read in the time that it t
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           rows: torch.Tensor | None) -> None:
     """New keys and values into their slots; the contract is that of `minipaged.attention`."""
-    place(*map(array_of, (key, value, keys, values)), slots.numpy(), None if rows is None else rows.numpy())
+    arrays = [_in_rows(key), _in_rows(value), keys, values]
+    _place()(np.array([1, 14, 0, 1, *(x.data_ptr() for x in arrays), slots.data_ptr(),
+                       0 if rows is None else rows.data_ptr(), len(slots),
+                       *(x.stride(-3) * x.itemsize for x in arrays[:3])]))
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
            scale: float) -> torch.Tensor:
     """Attention of every sequence over its own block table; the contract is that of `minipaged.attention`."""
-    q, output = query.float().contiguous(), torch.empty(query.shape)  # sums are float32, whatever the cache holds
+    query = _in_rows(query)
+    output = torch.empty_like(query)
     for i in batch.prompts:
         rows = slice(*batch.starts[i:i + 2])
         output[rows] = plain.attend_one(query[rows], keys, values, batch.slots_of(i), scale)
     if batch.decodes:
-        _run(keys.dtype)(_numbers(batch, [q, output, keys, values], scale))
-    return output.to(query.dtype)
+        _run(keys.dtype)(_numbers(batch, [query, output, keys, values], scale))
+    return output
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head_dim] with the heads of a token one behind the other, as the compiled code takes it; where the
+    next token begins does not matter."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> np.ndarray:
@@ -53,11 +64,11 @@ def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> n
         (q, _, keys, _), tables = arrays, batch.block_tables
         shares = _shares(batch, 2 * keys[0, 0].nbytes)
         numbers = vars(batch)["cpu_numbers"] = np.array(
-            [len(shares), 0, 0, 0, 0, 0, 0, tables.data_ptr(), *q.shape, *keys.shape[:3], *tables.shape,
+            [len(shares), 0, 0, 1, 0, 0, 0, 0, 0, tables.data_ptr(), *q.shape, *keys.shape[:3], *tables.shape,
              np.float64(scale).view(np.int64), *batch.starts, *batch.context_lens, 0, *accumulate(map(len, shares)),
              *sum(shares, [])])
         numbers[1] = len(numbers)
-    vars(batch)["cpu_numbers"][3:7] = [array.data_ptr() for array in arrays]
+    vars(batch)["cpu_numbers"][4:9] = [*(array.data_ptr() for array in arrays), arrays[0].stride(0)]
     return vars(batch)["cpu_numbers"]
 
 
@@ -74,79 +85,36 @@ def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     """`decode` in threads, for a cache of this type: what takes an iteration's numbers, each thread its share."""
     element = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype]
 
-    def share(address: int, part: int) -> None:
+    def share(address: int, step: int, part: int, parts: int) -> None:
         """One thread's sequences; the order of the numbers is that of `_numbers`."""
         n = numbers_at(address)
-        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[8:16]
-        query = carray(pointer(n[3]), (tokens, heads, head_dim), np.float32)
-        output = carray(pointer(n[4]), (tokens, heads, head_dim), np.float32)
-        keys = carray(pointer(n[5]), (blocks, block_size, kv_heads, head_dim), element)
-        values = carray(pointer(n[6]), (blocks, block_size, kv_heads, head_dim), element)
-        block_tables = carray(pointer(n[7]), (sequences, longest), np.int64)
-        starts, context_lens, cuts = n[17:], n[18 + sequences:], n[18 + 2 * sequences:]
-        decode(query, keys, values, cuts[n[0] + 1:][cuts[part]:cuts[part + 1]], starts, block_tables,
-               context_lens, np.float32(n[16:17].view(np.float64)[0]), output)
+        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[10:18]
+        row = max(n[8], heads * head_dim)  # a single row may say anything of where the next one begins
+        query = carray(pointer(n[4]), (tokens, row), element)
+        output = carray(pointer(n[5]), (tokens, heads, head_dim), element)
+        keys = carray(pointer(n[6]), (blocks * block_size, kv_heads, head_dim), element)
+        values = carray(pointer(n[7]), (blocks * block_size, kv_heads, head_dim), element)
+        block_tables = carray(pointer(n[9]), (sequences, longest), np.int64)
+        starts, context_lens, cuts = n[19:], n[20 + sequences:], n[20 + 2 * sequences:]
+        for one in range(part, n[0], parts):
+            decode(query, keys, values, block_size, cuts[n[0] + 1:][cuts[one]:cuts[one + 1]], starts, block_tables,
+                   context_lens, np.float32(n[18:19].view(np.float64)[0]), output)
 
     return on_every_thread(share)
 
 
-@compiled
-def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, sequences: np.ndarray, starts: np.ndarray,
-           block_tables: np.ndarray, context_lens: np.ndarray, scale: float, output: np.ndarray) -> None:
-    """One query per sequence over its blocks (Eq. 4), as `compiled` turns it into machine code.
+@cache
+def _place() -> Callable[[np.ndarray], None]:
+    """What copies the rows of which `write` made the numbers."""
+    def copy(address: int, step: int, part: int, parts: int) -> None:
+        """All of them: there are few."""
+        n = numbers_at(address)
+        slots, rows = carray(pointer(n[8]), n[10], np.int64), carray(pointer(n[9]), n[10], np.int64)
+        for i in range(n[10]):
+            for k in range(2):
+                source = carray(pointer(n[4 + k] + (rows[i] if n[9] else i) * n[11 + k]), n[13], np.uint8)
+                target = carray(pointer(n[6 + k] + slots[i] * n[13]), n[13], np.uint8)
+                for byte in range(n[13]):
+                    target[byte] = source[byte]
 
-    Parameters
-    ----------
-    query, output : float32 array [tokens, heads, head_dim]
-        The packed tokens; the rows of these sequences are written to the output.
-    keys, values : float32 array, or uint16 array of the bits of bfloat16, [blocks, block_size, kv_heads, head_dim]
-        One layer of the cache.
-    sequences : int64 array
-        Which of the batch's sequences.
-    starts, context_lens : int64 array
-        Row of the first token, and tokens, of each sequence of the batch.
-    block_tables : int64 array [sequences of the batch, logical blocks]
-        Physical block numbers.
-    scale : float32
-        The factor on the dot products.
-    """
-    block_size, heads, head_dim = keys.shape[1], query.shape[1], query.shape[2]
-    group = heads // keys.shape[2]
-    a = np.empty((heads, block_size), np.float32)  # a block's scores, then their exponentials
-    largest, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
-    for i in sequences:
-        q, o = query[starts[i]], output[starts[i]]
-        largest[:], total[:], o[:] = -np.inf, 0, 0
-        for j in range((context_lens[i] + block_size - 1) // block_size):
-            block, filled = block_tables[i, j], min(block_size, context_lens[i] - j * block_size)
-            for t in range(filled):
-                for h in range(heads):
-                    score = np.float32(0)
-                    for d in range(head_dim):
-                        score += q[h, d] * number(keys[block, t, h // group, d])
-                    a[h, t] = score * scale
-            for h in range(heads):
-                new_largest, added = largest[h], np.float32(0)
-                for t in range(filled):
-                    new_largest = max(new_largest, a[h, t])
-                for t in range(filled):
-                    a[h, t] = exp(a[h, t] - new_largest)
-                    added += a[h, t]
-                shrink = exp(largest[h] - new_largest)
-                largest[h], total[h] = new_largest, total[h] * shrink + added
-                o[h] *= shrink
-            for t in range(filled):
-                for h in range(heads):
-                    for d in range(head_dim):
-                        o[h, d] += a[h, t] * number(values[block, t, h // group, d])
-        o /= total.reshape(heads, 1)
-
-
-@compiled
-def place(key: np.ndarray, value: np.ndarray, keys: np.ndarray, values: np.ndarray, slots: np.ndarray,
-          rows: np.ndarray | None) -> None:
-    """New keys, values [tokens, kv_heads, head_dim] into slots of the blocks [blocks, block_size, kv_heads, head_dim];
-    the first token, or that of the first row, goes to the first slot."""
-    for i in range(len(slots)):
-        row, (block, offset) = i if rows is None else rows[i], divmod(slots[i], keys.shape[1])
-        keys[block, offset], values[block, offset] = key[row], value[row]
+    return on_every_thread(copy)

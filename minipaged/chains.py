@@ -1,0 +1,133 @@
+"""Products and norms one behind the other, in one call for all threads.
+
+What a few rows go through between one attention and the next is six steps, of which each takes no longer than a handful
+of PyTorch's calls. So a chain is laid out once as an array of numbers, and a compiled function goes through it: its
+threads share the panels of a product, or the rows of a norm, and wait for each other before the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+
+from .compiled import bits_of, compiled, number, numbers_at, on_every_thread, pointer
+from .products import COLUMNS, NORM, ROWS, STORE, tiles
+
+WORTH_A_THREAD = 1 << 19  # bytes of weights, multiplied by a tile in the time that it takes to wake another thread
+
+
+@dataclass(frozen=True)
+class Step:
+    """A product, or a norm, from one of a chain's buffers to another.
+
+    Attributes
+    ----------
+    source, target : int
+        Which buffers.
+    weight : Tensor
+        [panels, inputs, COLUMNS], as `pack` gave it; of a norm [outputs].
+    bias : Tensor [outputs] or None
+        What is added.
+    outputs : int
+        Numbers of a row.
+    then : int
+        What becomes of a product: ``STORE``, ``RELU`` (what is negative becomes 0) or ``ADD`` (to what is there); or
+        ``NORM`` for a layer norm.
+    eps : float
+        Of a norm, added to the variance.
+    """
+
+    source: int
+    target: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    outputs: int
+    then: int = STORE
+    eps: float = 0.0
+
+    @property
+    def numbers(self) -> list[int]:
+        """As `share` reads them; the bits of ``eps``."""
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        together = 2 if self.weight.dtype == torch.bfloat16 else 1
+        inputs = self.outputs if self.then == NORM else self.weight.shape[1] * together
+        return [self.source, self.target, self.weight.data_ptr(), bias, inputs, self.outputs, self.then,
+                np.float64(self.eps).view(np.int64)]
+
+
+class Chain:
+    """Steps one behind the other, computed in one call by all threads together.
+
+    Parameters
+    ----------
+    steps : list[Step]
+        Of one type of numbers.
+    """
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps, self.numbers = steps, np.array([step.numbers for step in steps])
+        self.bytes = sum(step.weight.nbytes for step in steps)
+        self._run, self._address = _run(steps[0].weight.dtype), self.numbers.ctypes.data
+
+    def run(self, *buffers: torch.Tensor) -> None:
+        """Compute all steps.
+
+        Parameters
+        ----------
+        buffers : Tensor [rows, numbers of a row]
+            What `Step.source` and `Step.target` count in. The numbers of a row lie side by side. Results are rounded
+            once to the buffers' type.
+        """
+        rows = len(buffers[0])
+        parts = min(torch.get_num_threads(), 1 + self.bytes * -(-rows // ROWS) // WORTH_A_THREAD)
+        self._run(np.array([parts, 6 + 2 * len(buffers), 0, len(self.steps), self._address, rows,
+                            *(number for buffer in buffers for number in (buffer.data_ptr(), buffer.stride(0)))]))
+
+
+@cache
+def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
+    """The steps of a chain in threads: takes the numbers that `Chain.run` makes."""
+    element, together = {torch.float32: (np.float32, 1), torch.bfloat16: (np.uint16, 2)}[dtype]
+
+    def share(address: int, step: int, part: int, parts: int) -> None:
+        """One thread's panels of a product, or rows of a norm."""
+        n = numbers_at(address)
+        rows, buffers = n[5], n[6:]
+        record = carray(pointer(n[4]), (n[3], 8), np.int64)[step]
+        source, target, weight, bias, inputs, outputs, then = record[:7]
+        x = carray(pointer(buffers[2 * source]), (rows, buffers[2 * source + 1]), element)
+        out = carray(pointer(buffers[2 * target]), (rows, buffers[2 * target + 1]), element)
+        offsets = carray(pointer(bias), (outputs if bias else 0,), element)
+        if then == NORM:
+            mine = slice(part * rows // parts, (part + 1) * rows // parts)
+            normalise(x[mine], carray(pointer(weight), (outputs,), element), offsets,
+                      record[7:].view(np.float64)[0], out[mine])
+        else:
+            panels = (outputs + COLUMNS - 1) // COLUMNS
+            packed = carray(pointer(weight), (panels, inputs // together, COLUMNS * together), element)
+            tiles(x, packed, offsets, out, outputs, part * panels // parts, (part + 1) * panels // parts, then)
+
+    return on_every_thread(share)
+
+
+@compiled
+def normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, out: np.ndarray) -> None:
+    """The first numbers of each row, as many as there are weights: brought to mean 0 and variance 1, times the weight,
+    plus a bias."""
+    width = len(weight)
+    for r in range(len(x)):
+        mean, squares = np.float32(0), np.float32(0)
+        for i in range(width):
+            mean += number(x[r, i])
+        mean /= np.float32(width)
+        for i in range(width):
+            apart = number(x[r, i]) - mean
+            squares += apart * apart
+        scale = np.float32(1 / np.sqrt(squares / width + eps))
+        for i in range(width):
+            out[r, i] = bits_of((number(x[r, i]) - mean) * scale * number(weight[i]) + number(bias[i]), out)
