@@ -207,3 +207,14 @@ def test_a_tile_stays_in_registers(element, product, environment):
     loops = [body for body in loops if "APP" in body]
     assert sorted(body.count(product) for body in loops) == [2 * count for count in range(1, int(rows) + 1)]
     assert not [line for body in loops for line in body.splitlines() if re.search(r"\tv?mov\w+\s+%\S+, .*\(", line)]
+
+
+def test_numbers_are_known_to_lie_side_by_side(tmp_path):
+    """Where a compiler does not know it, it takes them one at a time: a norm of 32 rows took 80 us, 12 when it knew."""
+    here(torch.float32)
+    assert python("import test_products as tests, torch\nfrom minipaged import chains, products\n"
+                  "chain, buffers, _ = tests.decoder_like(torch.float32, 3)\nchain.run(*buffers)\n"
+                  "for compiled in chains.normalise, products.tiles, products.finish:\n"
+                  "    (kinds,) = compiled.signatures\n"
+                  "    print(*[kind.layout for kind in kinds if hasattr(kind, 'layout')], sep='')",
+                  NUMBA_CACHE_DIR=str(tmp_path)).split() == ["CCCC", "CCCC", "CCC"]
