@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from .compiled import bits_of, compiled, number, numbers_at, on_every_thread, pointer
+from .compiled import bits_of, compiled, edition, number, numbers_at, on_every_thread, pointer
 from .products import COLUMNS, NORM, ROWS, STORE, tiles
 
 WORTH_A_THREAD = 1 << 19  # bytes of weights, multiplied by a tile in the time that it takes to wake another thread
@@ -32,7 +32,7 @@ class Step:
     weight : Tensor
         [panels, inputs, COLUMNS], as `pack` gave it; of a norm [outputs].
     bias : Tensor [outputs] or None
-        What is added.
+        What is added; a norm has one.
     outputs : int
         Numbers of a row.
     then : int
@@ -80,8 +80,8 @@ class Chain:
         Parameters
         ----------
         buffers : Tensor [rows, numbers of a row]
-            What `Step.source` and `Step.target` count in. The numbers of a row lie side by side. Results are rounded
-            once to the buffers' type.
+            What `Step.source` and `Step.target` count in, of the weights' type. The numbers of a row lie side by side.
+            Results are rounded once to that type; with ``ADD`` the product is, and then the sum.
         """
         rows = len(buffers[0])
         parts = min(torch.get_num_threads(), 1 + self.bytes * -(-rows // ROWS) // WORTH_A_THREAD)
@@ -93,9 +93,11 @@ class Chain:
 def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     """The steps of a chain in threads: takes the numbers that `Chain.run` makes."""
     element, together = {torch.float32: (np.float32, 1), torch.bfloat16: (np.uint16, 2)}[dtype]
+    sources = edition()
 
     def share(address: int, step: int, part: int, parts: int) -> None:
         """One thread's panels of a product, or rows of a norm."""
+        sources  # see `edition`
         n = numbers_at(address)
         rows, buffers = n[5], n[6:]
         record = carray(pointer(n[4]), (n[3], 8), np.int64)[step]

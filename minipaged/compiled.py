@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import llvmlite.binding
 import numpy as np
@@ -37,19 +38,19 @@ FAST = dict(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order, 
 
 
 def compiled(function: Callable[..., Any]) -> "Dispatcher":
-    """Compiled once for each type that it meets, and kept on disk for the next process where that is allowed."""
-    return _kept(njit, **FAST)(function)
+    """Compiled once for each type that it meets, within the function of `on_every_thread` that calls it."""
+    return njit(**FAST)(function)
 
 
-def _kept(compiler: Callable[..., Callable[[Callable], Any]], *signature: Any, **options: Any) -> Callable:
-    """A decorator of numba, with the disk if it can be had."""
-    def decorate(function: Callable[..., Any]) -> Any:
-        """What the compiler makes of a function."""
-        try:
-            return compiler(*signature, cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's takes files
-            return compiler(*signature, **options)(function)
-    return decorate
+@cache
+def edition() -> int:
+    """A number for the sources of all compiled functions: another one after each change.
+
+    numba keeps machine code on disk until the file of the outermost function changes, or what that function closes over:
+    this, so that no code of an older product is called with weights packed for a newer one.
+    """
+    names = "chains", "compiled", "decoding", "products", "vectors"
+    return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))
 
 
 def number(bits: float) -> float:
@@ -125,7 +126,8 @@ def on_every_thread(work: Callable[[int, int, int, int], None]) -> Callable[[np.
     ----------
     work : Callable
         ``work(address, step, part, parts)`` gets where the numbers are, for `numbers_at`, which step of the work to do,
-        and which part of it, of how many: not more than were asked for.
+        and which part of it, of how many: not more than were asked for. It is kept on disk for the next process where
+        that is allowed, so it names the `edition` of what it calls.
 
     Returns
     -------
@@ -134,7 +136,11 @@ def on_every_thread(work: Callable[[int, int, int, int], None]) -> Callable[[np.
         here, and the fourth is the number of steps; runs all parts of a step, each in a thread of its own, before any
         part of the next, and returns when they are done.
     """
-    one = _kept(cfunc, types.void(*4 * [types.int64]), **FAST)(work)
+    kind = types.void(*4 * [types.int64])
+    try:
+        one = cfunc(kind, cache=True, **FAST)(work)
+    except RuntimeError:  # neither the package's folder nor the user's takes files
+        one = cfunc(kind, **FAST)(work)
     library = gnu_openmp()
     if library is None:
         return lambda numbers: _in_threads(one.ctypes, numbers.ctypes.data, numbers[3], numbers[0])

@@ -92,6 +92,10 @@ def test_queries_lie_as_a_product_or_transformers_leave_them(queries, dtype):
     for view in beside, by_head:
         got = cpu.attend(view, keys, values, batch, 0.125)
         assert got.is_contiguous() and torch.equal(got, expected)
+    alike = query[:1].expand(query.shape)
+    assert torch.equal(cpu.attend(alike, keys, values, batch, 0.125), cpu.attend(alike.clone(), keys, values, batch, 0.125))
+    with pytest.raises(AssertionError, match="type"):
+        cpu.attend(query.double(), keys, values, batch, 0.125)
 
 
 def test_registers_half_as_wide():
@@ -222,7 +226,9 @@ def test_where_no_folder_takes_files(tmp_path):
     script = ("import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
               "import sys; sys.path.insert(0, sys.argv[1])\n"
               "import test_cpu_kernel; test_cpu_kernel.check([1], [20]); "
-              "from minipaged.attention import cpu; print(type(cpu.decode._cache).__name__)")
+              "from minipaged.attention import cpu\n"
+              "cells = [cell.cell_contents for cell in cpu._run(test_cpu_kernel.DTYPES[0]).__closure__]\n"
+              "print(*[type(cell._cache).__name__ for cell in cells if hasattr(cell, '_cache')][-1:])")
     run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
                          env=os.environ | {"NUMBA_CACHE_DIR": ""}, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -218,3 +219,27 @@ def test_numbers_are_known_to_lie_side_by_side(tmp_path):
                   "    (kinds,) = compiled.signatures\n"
                   "    print(*[kind.layout for kind in kinds if hasattr(kind, 'layout')], sep='')",
                   NUMBA_CACHE_DIR=str(tmp_path)).split() == ["CCCC", "CCCC", "CCC"]
+
+
+def test_machine_code_on_disk_is_of_these_sources(tmp_path):
+    """A change in another file than that of the function that numba keeps, as a pull brings it."""
+    here(torch.float32)
+    package = shutil.copytree(Path(products.__file__).parent, tmp_path / "minipaged",
+                              ignore=shutil.ignore_patterns("__pycache__"))
+    script = ("import torch; from minipaged.chains import Chain, Step; from minipaged.products import RELU, pack\n"
+              "out = torch.zeros(1, 1)\n"
+              "Chain([Step(0, 1, pack(torch.ones(1, 1)), None, 1, RELU)]).run(-torch.ones(1, 1), out)\nprint(int(out))")
+
+    def relu_of_minus_one() -> str:
+        run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    assert relu_of_minus_one() == "0"
+    assert list(package.rglob("chains*.nbi")), "nothing is kept"
+    source = (package / "products.py").read_text(encoding="utf-8")
+    assert source.count("np.float32(0) if sums[c] < 0") == 1
+    (package / "products.py").write_text(source.replace("np.float32(0) if sums[c] < 0", "np.float32(7) if sums[c] < 0"),
+                                         encoding="utf-8")
+    assert relu_of_minus_one() == "7"

@@ -9,6 +9,8 @@ slots, and ``attend(query, keys, values, batch, scale) -> output`` reads them, w
 - slots, rows : `PagedBatch.write_slots` and `PagedBatch.write_rows`;
 - batch : `PagedBatch`, where each sequence's tokens and blocks are;
 - scale : float, the factor on the dot products, 1/sqrt(d) in Eq. 4.
+
+All tensors of numbers are of one type, on one device.
 """
 
 from __future__ import annotations

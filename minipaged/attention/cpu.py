@@ -1,8 +1,8 @@
 """Attention on a CPU: new tokens over the blocks where they lie, prompts by PyTorch's own attention.
 
 `minipaged.decoding.decode` is `eager.attend_one` for one query, compiled by numba: it reads each key and value once, in
-place, and no sequence is padded to the length of another. A prompt is arithmetic more than memory, so its keys and values
-are gathered once and PyTorch multiplies them.
+place, and no sequence is padded to the length of another. A prompt is arithmetic more than memory, so its keys and
+values are gathered once and PyTorch multiplies them.
 
 Each thread has sequences of its own. One that took half the heads of all sequences would read half of every row, which
 wastes what the processor fetches ahead: for 32 sequences of 512 tokens of one layer of opt-125m, float32, on two cores
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from ..compiled import numbers_at, on_every_thread, pointer
+from ..compiled import edition, numbers_at, on_every_thread, pointer
 from ..decoding import decode
 from . import plain
 
@@ -34,6 +34,7 @@ WORTH_A_THREAD = 1 << 19  # bytes of keys and values, read in the time that it t
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           rows: torch.Tensor | None) -> None:
     """New keys and values into their slots; the contract is that of `minipaged.attention`."""
+    assert key.dtype == value.dtype == keys.dtype, "the cache has the model's type"
     arrays = [_in_rows(key), _in_rows(value), keys, values]
     _place()(np.array([1, 14, 0, 1, *(x.data_ptr() for x in arrays), slots.data_ptr(),
                        0 if rows is None else rows.data_ptr(), len(slots),
@@ -43,6 +44,7 @@ def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: to
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
            scale: float) -> torch.Tensor:
     """Attention of every sequence over its own block table; the contract is that of `minipaged.attention`."""
+    assert query.dtype == keys.dtype, "the cache has the model's type"
     query = _in_rows(query)
     output = torch.empty_like(query)
     for i in batch.prompts:
@@ -54,9 +56,10 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    """[tokens, heads, head_dim] with the heads of a token one behind the other, as the compiled code takes it; where the
-    next token begins does not matter."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    """[tokens, heads, head_dim] with the heads of a token one behind the other, as the compiled code takes it; the next
+    token may begin anywhere behind them."""
+    together = x.stride()[1:] == (x.shape[2], 1) and (len(x) == 1 or x.stride(0) >= x.shape[1] * x.shape[2])
+    return x if together else x.contiguous()
 
 
 def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> np.ndarray:
@@ -84,10 +87,11 @@ def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[int]]:
 @cache
 def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
     """`decode` in threads, for a cache of this type: what takes an iteration's numbers, each thread its share."""
-    element = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype]
+    element, sources = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], edition()
 
     def share(address: int, step: int, part: int, parts: int) -> None:
         """One thread's sequences; the order of the numbers is that of `_numbers`."""
+        sources  # see `edition`
         n = numbers_at(address)
         tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[10:18]
         row = max(n[8], heads * head_dim)  # a single row may say anything of where the next one begins
@@ -107,8 +111,11 @@ def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
 @cache
 def _place() -> Callable[[np.ndarray], None]:
     """What copies the rows of which `write` made the numbers."""
+    sources = edition()
+
     def copy(address: int, step: int, part: int, parts: int) -> None:
         """All of them: there are few."""
+        sources  # see `edition`
         n = numbers_at(address)
         slots, rows = carray(pointer(n[8]), n[10], np.int64), carray(pointer(n[9]), n[10], np.int64)
         for i in range(n[10]):
