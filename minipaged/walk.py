@@ -108,7 +108,7 @@ def _queries(runner: "ModelRunner", token_id: int, position: int,
 
     def attend(query: torch.Tensor, *rest: object) -> torch.Tensor:
         """A layer's attention, whose query and scale are kept."""
-        found.append((query[0], rest[-1]))
+        found.append((query[0].clone(), rest[-1]))  # the next layer's may come to lie in its place
         return runner.backend.attend(query, *rest)
 
     def tensor(values: list) -> torch.Tensor:

@@ -10,7 +10,8 @@ slots, and ``attend(query, keys, values, batch, scale) -> output`` reads them, w
 - batch : `PagedBatch`, where each sequence's tokens and blocks are;
 - scale : float, the factor on the dot products, 1/sqrt(d) in Eq. 4.
 
-All tensors of numbers are of one type, on one device.
+All tensors of numbers are of one type, on one device. Those of the new tokens hold what they hold for this call alone:
+the next layer's may lie in the same place.
 """
 
 from __future__ import annotations
