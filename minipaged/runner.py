@@ -107,16 +107,17 @@ class ModelRunner:
         batch = attention.PagedBatch(
             query_lens=[seq.num_new for seq in seqs],
             context_lens=[len(seq.token_ids) for seq in seqs],
-            block_tables=self._tensor([table.blocks + [0] * (longest - len(table.blocks)) for table in tables]),
-            write_rows=None if len(written) == len(positions) else self._tensor(written),
-            write_slots=self._tensor(slots),
+            block_tables=self.tensor([table.blocks + [0] * (longest - len(table.blocks)) for table in tables]),
+            write_rows=None if len(written) == len(positions) else self.tensor(written),
+            write_slots=self.tensor(slots),
             cache=self.cache,
             backend=self.backend)
-        out = self.model(input_ids=self._tensor([token_ids]), position_ids=self._tensor([positions]), use_cache=False,
-                         logits_to_keep=self._tensor(last), paged_batch=batch)
+        out = self.model(input_ids=self.tensor([token_ids]), position_ids=self.tensor([positions]), use_cache=False,
+                         logits_to_keep=self.tensor(last), paged_batch=batch)
         return out.logits[0].float()
 
-    def _tensor(self, values: list) -> torch.Tensor:
+    def tensor(self, values: list) -> torch.Tensor:
+        """Whole numbers on the model's device, int64."""
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 

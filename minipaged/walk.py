@@ -111,12 +111,8 @@ def _queries(runner: "ModelRunner", token_id: int, position: int,
         found.append((query[0].clone(), rest[-1]))  # the next layer's may come to lie in its place
         return runner.backend.attend(query, *rest)
 
-    def tensor(values: list) -> torch.Tensor:
-        """Whole numbers on the model's device."""
-        return torch.tensor(values, dtype=torch.int64, device=runner.device)
-
-    batch = PagedBatch([1], [position + 1], tensor([table]), tensor([]), tensor([]), runner.cache,
+    batch = PagedBatch([1], [position + 1], runner.tensor([table]), runner.tensor([]), runner.tensor([]), runner.cache,
                        replace(runner.backend, attend=attend))
-    runner.model(input_ids=tensor([[token_id]]), position_ids=tensor([[position]]), use_cache=False, logits_to_keep=1,
+    runner.model(input_ids=runner.tensor([[token_id]]), position_ids=runner.tensor([[position]]), use_cache=False, logits_to_keep=1,
                  paged_batch=batch)
     return found

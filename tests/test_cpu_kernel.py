@@ -98,6 +98,27 @@ def test_queries_lie_as_a_product_or_transformers_leave_them(queries, dtype):
         cpu.attend(query.double(), keys, values, batch, 0.125)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by a call of Linux")
+@pytest.mark.parametrize("head_dim", [16, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_read_behind_the_cache(dtype, head_dim):
+    """One token in the cache's last slot, behind which lies a page that must not be touched."""
+    script = ("import ctypes, mmap, sys; sys.path.insert(0, sys.argv[1])\nimport torch; from batches import make_batch\n"
+              "from minipaged.attention import cpu\n"
+              f"dtype, head_dim = torch.{dtype}, {head_dim}\n"
+              "query, *_, batch, _ = make_batch([1], [1], 1, 1, 1, head_dim, dtype, 0)\n"
+              "batch.block_tables[:] = 0\n"
+              "def at_the_end():\n"
+              "    memory, page = mmap.mmap(-1, 2 * mmap.PAGESIZE), mmap.PAGESIZE\n"
+              "    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n"
+              "    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0\n"
+              "    x = torch.frombuffer(memory, dtype=dtype, count=page // dtype.itemsize)\n"
+              "    return x[-head_dim:].view(1, 1, 1, head_dim).fill_(3)\n"
+              "print(*set(cpu.attend(query, at_the_end(), at_the_end(), batch, 1.0).flatten().tolist()))")
+    run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "3.0\n", (run.returncode, run.stderr)
+
+
 def test_registers_half_as_wide():
     """As on a processor without AVX-512: eight tokens at a time."""
     script = ("import sys; sys.path.insert(0, sys.argv[1])\nimport test_cpu_kernel as tests\n"

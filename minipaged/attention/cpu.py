@@ -114,7 +114,7 @@ def _place() -> Callable[[np.ndarray], None]:
     sources = edition()
 
     def copy(address: int, step: int, part: int, parts: int) -> None:
-        """All of them: there are few."""
+        """All of them, in one thread: of a token there is far less to write than to read of the weights."""
         sources  # see `edition`
         n = numbers_at(address)
         slots, rows = carray(pointer(n[8]), n[10], np.int64), carray(pointer(n[9]), n[10], np.int64)
