@@ -20,54 +20,88 @@ from .vectors import LANES, dots, prefetch, weigh
 
 
 @compiled
-def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, block_size: int, sequences: np.ndarray,
-           starts: np.ndarray, block_tables: np.ndarray, context_lens: np.ndarray, scale: float,
-           output: np.ndarray) -> None:
-    """Attention of sequences with one new token each.
+def decode(query: np.ndarray, keys: np.ndarray, values: np.ndarray, block_size: int, pieces: np.ndarray,
+           block_tables: np.ndarray, scale: float, partials: np.ndarray) -> None:
+    """Attention of one new token a sequence over pieces of sequences, each by itself.
 
     Parameters
     ----------
     query : array [tokens, at least heads * head_dim]
-        The packed tokens. All arrays that are not said to be int64 are float32, or uint16 with the bits of bfloat16.
+        The packed tokens; float32, or uint16 with the bits of bfloat16, as are ``keys`` and ``values``.
     keys, values : array [slots, kv_heads, head_dim]
         One layer of the cache.
     block_size : int
         Slots of a block.
-    sequences : int64 array
-        Which of the batch's sequences.
-    starts, context_lens : int64 array
-        Row of the first token, and tokens, of each sequence of the batch.
+    pieces : int64 array [pieces, 4]
+        Of each the sequence of the batch, the row of its new token, and which tokens: the first, and behind the last.
     block_tables : int64 array [sequences of the batch, logical blocks]
         Physical block numbers.
     scale : float32
         The factor on the dot products.
-    output : array [tokens, heads, head_dim]
-        The rows of these sequences are written.
+    partials : float32 array [pieces, heads * head_dim + 2 * heads]
+        Receives what `merge` takes, of all heads: the sums of `add_tokens`, the largest scores, and the totals.
     """
-    heads, head_dim = output.shape[1:]
-    o, largest, total = np.empty((heads, head_dim), np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
-    for n in range(len(sequences)):
-        i, following, position = sequences[n], sequences[min(n + 1, len(sequences) - 1)], 0
-        q = query[starts[i]][:heads * head_dim].reshape(heads, head_dim)
+    head_dim = keys.shape[2]
+    heads = partials.shape[1] // (head_dim + 2)
+    for n in range(len(pieces)):
+        piece, following = pieces[n], pieces[min(n + 1, len(pieces) - 1)]
+        table, position, end = block_tables[piece[0]], piece[2], piece[3]
+        q = query[piece[1]][:heads * head_dim].reshape(heads, head_dim)
+        o, largest, total = _parts(partials[n], heads, head_dim)
         largest[:], total[:], o[:] = -np.inf, 0, 0
-        while position < context_lens[i]:
-            first, end = _slots(block_tables[i], position, context_lens[i], block_size)
-            position += end - first
-            ahead = _slots(block_tables[i], position, context_lens[i], block_size) if position < context_lens[i] else (
-                _slots(block_tables[following], 0, context_lens[following], block_size))
-            add_tokens(q, keys[first:end], values[first:end], scale, largest, total, o,
+        while position < end:
+            slots = _slots(table, position, end, block_size)
+            position += slots[1] - slots[0]
+            ahead = _slots(table, position, end, block_size) if position < end else (
+                _slots(block_tables[following[0]], following[2], following[3], block_size))
+            add_tokens(q, keys[slots[0]:slots[1]], values[slots[0]:slots[1]], scale, largest, total, o,
                        keys[ahead[0]:ahead[1]], values[ahead[0]:ahead[1]])
-        for h in range(heads):
-            for d in range(head_dim):
-                output[starts[i], h, d] = bits_of(o[h, d] / total[h], output)
 
 
 @compiled
-def _slots(table: np.ndarray, position: int, context_len: int, block_size: int) -> tuple[int, int]:
+def merge(pieces: np.ndarray, partials: np.ndarray, output: np.ndarray, part: int, parts: int) -> None:
+    """The pieces of each sequence, which `decode` left one behind the other, become its row of the output.
+
+    Parameters
+    ----------
+    pieces, partials : arrays
+        As of `decode`.
+    output : array [tokens, heads, head_dim]
+        The rows of these sequences are written, of some of the heads: of a part of so many.
+    """
+    heads, head_dim = output.shape[1:]
+    first, row = 0, np.empty(head_dim, np.float32)
+    for n in range(len(pieces)):
+        if n + 1 < len(pieces) and pieces[n + 1, 0] == pieces[n, 0]:
+            continue
+        for h in range(part * heads // parts, (part + 1) * heads // parts):
+            most, totals, row[:] = -np.float32(np.inf), np.float32(0), 0
+            for k in range(first, n + 1):
+                most = max(most, _parts(partials[k], heads, head_dim)[1][h])
+            for k in range(first, n + 1):
+                o, largest, total = _parts(partials[k], heads, head_dim)
+                weight = exp(largest[h] - most)
+                totals += weight * total[h]
+                for d in range(head_dim):
+                    row[d] += weight * o[h, d]
+            for d in range(head_dim):
+                output[pieces[n, 1], h, d] = bits_of(row[d] / totals, output)
+        first = n + 1
+
+
+@compiled
+def _parts(partial: np.ndarray, heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a piece: the sums [heads, head_dim], the largest scores [heads] and the totals [heads]."""
+    rest = partial[heads * head_dim:]
+    return partial[:heads * head_dim].reshape(heads, head_dim), rest[:heads], rest[heads:]
+
+
+@compiled
+def _slots(table: np.ndarray, position: int, end: int, block_size: int) -> tuple[int, int]:
     """The first slot and the end of those, at most `LANES`, that lie together from a token of a sequence on."""
     offset = position % block_size
     slot = table[position // block_size] * block_size + offset
-    return slot, slot + min(LANES, block_size - offset, context_len - position)
+    return slot, slot + min(LANES, block_size - offset, end - position)
 
 
 @compiled

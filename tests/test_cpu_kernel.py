@@ -159,14 +159,38 @@ def test_plain_pytorch(dtype):
 def test_threads_share_the_tokens_evenly(every_thread):
     _, _, _, batch, _ = make_batch([1, 1, 5, 1, 1, 1], [100, 10, 9, 60, 55, 20], 16, 1, 1, 16, torch.float32, 0)
     shares = cpu._shares(batch, 128)
-    assert sorted(i for share in shares for i in share) == [0, 1, 3, 4, 5], "each decoding sequence once, no prompt"
-    assert [sum(batch.context_lens[i] for i in share) for share in shares] == [100, 70, 75]
+    pieces = [piece for share in shares for piece in share]
+    read = [(sequence, token) for sequence, _, first, end in pieces for token in range(first, end)]
+    assert read == [(i, token) for i in (0, 1, 3, 4, 5) for token in range(batch.context_lens[i])], "no prompt's"
+    assert [row for _, row, *_ in pieces] == [batch.starts[sequence] for sequence, *_ in pieces]
+    assert all(first % 16 == 0 for *_, first, _ in pieces), "cut where no register of scores is torn apart"
+    sizes = [sum(end - first for *_, first, end in share) for share in shares]
+    assert max(sizes) - min(sizes) < 2 * 16 and len(pieces) == 6, "one of the five is cut"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [5, 16, 64])
+@pytest.mark.parametrize("queries, contexts", [([1], [2000]), ([1], [17]), ([1, 1, 3, 1], [40, 700, 9, 1])])
+def test_a_sequence_that_several_threads_read(queries, contexts, block_size, dtype, every_thread):
+    check(queries, contexts, block_size, group=3, kv_heads=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_pieces_of_a_sequence_weigh_as_their_scores_say(where, every_thread):
+    """All attention goes to one token, in a piece of its own: the others' sums must vanish beside it."""
+    query, keys, values, batch, tables = make_batch([1], [90], 16, 1, 2, 64, torch.float32, 0)
+    slot = {"first": (tables[0][0], 0), "last": (tables[0][5], 9)}[where]
+    keys[slot] = 50 * query[0]
+    got = cpu.attend(query, keys, values, batch, 1.0)
+    assert len(cpu._shares(batch, 1 << 20)[0]) == 1 and len(cpu._shares(batch, 1 << 20)) == 3
+    torch.testing.assert_close(got[0], values[slot], atol=1e-6, rtol=1e-6)
 
 
 def test_little_work_wakes_no_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    for token_bytes, threads in ((128, 1), (cpu.WORTH_A_THREAD, 4)):  # never more threads than sequences
-        _, _, _, batch, _ = make_batch([1] * 4, [20] * 4, 16, 1, 1, 16, torch.float32, 0)
+    _, _, _, batch, _ = make_batch([1] * 4, [20] * 4, 16, 1, 1, 16, torch.float32, 0)
+    for token_bytes, threads in ((128, 1), (cpu.WORTH_A_THREAD // 80, 1), (cpu.WORTH_A_THREAD // 20, 4),
+                                 (cpu.WORTH_A_THREAD, 8)):
         assert len(cpu._shares(batch, token_bytes)) == threads
 
 

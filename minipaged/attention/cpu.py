@@ -4,17 +4,19 @@
 place, and no sequence is padded to the length of another. A prompt is arithmetic more than memory, so its keys and
 values are gathered once and PyTorch multiplies them.
 
-Each thread has sequences of its own. One that took half the heads of all sequences would read half of every row, which
-wastes what the processor fetches ahead: for 32 sequences of 512 tokens of one layer of opt-125m, float32, on two cores
-of a Zen 4, plain loops took 10.4 ms with half the heads each, 5.0 ms with half the sequences each, and 7.4 ms with one
-thread.
+Each thread reads as many tokens as the others. Where its share ends, a sequence is cut along its context, and a second
+step puts the pieces together, as in the split Triton kernel; without it one sequence would be one thread's, and with a
+quarter of the KV blocks (`minipaged bench`, where mostly 1 to 9 requests run) tokens/s were 5 % fewer in float32. Half
+the heads of all sequences each would be half of every row, which wastes what the processor fetches ahead: for 32
+sequences of 512 tokens of one layer of opt-125m, float32, on two cores of a Zen 4, plain loops took 10.4 ms with half the
+heads each, 5.0 ms with half the sequences each, and 7.4 ms with one thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +24,8 @@ import torch
 from numba import carray
 
 from ..compiled import edition, numbers_at, on_every_thread, pointer
-from ..decoding import decode
+from ..decoding import decode, merge
+from ..vectors import LANES
 from . import plain
 
 if TYPE_CHECKING:
@@ -64,46 +67,58 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> np.ndarray:
     """What `_run` takes, made at the first layer of an iteration and used in all; the arrays are a layer's own."""
-    if "cpu_numbers" not in vars(batch):
+    if not hasattr(batch, "cpu_numbers"):
         (q, _, keys, _), tables = arrays, batch.block_tables
         shares = _shares(batch, 2 * keys[0, 0].nbytes)
-        numbers = vars(batch)["cpu_numbers"] = np.array(
-            [len(shares), 0, 0, 1, 0, 0, 0, 0, 0, tables.data_ptr(), *q.shape, *keys.shape[:3], *tables.shape,
-             np.float64(scale).view(np.int64), *batch.starts, *batch.context_lens, 0, *accumulate(map(len, shares)),
-             *sum(shares, [])])
+        batch.cpu_partials = torch.empty(sum(map(len, shares)), q.shape[1] * (q.shape[2] + 2))
+        numbers = batch.cpu_numbers = np.array(
+            [len(shares), 0, 0, 2, 0, 0, 0, 0, 0, tables.data_ptr(), batch.cpu_partials.data_ptr(), *q.shape,
+             *keys.shape[:3], *tables.shape, np.float64(scale).view(np.int64), len(batch.cpu_partials), 0,
+             *accumulate(map(len, shares)), *chain(*sum(shares, []))])
         numbers[1] = len(numbers)
-    vars(batch)["cpu_numbers"][4:9] = [*(array.data_ptr() for array in arrays), arrays[0].stride(0)]
-    return vars(batch)["cpu_numbers"]
+    batch.cpu_numbers[4:9] = [*(array.data_ptr() for array in arrays), arrays[0].stride(0)]
+    return batch.cpu_numbers
 
 
-def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[int]]:
-    """Which sequences each thread takes, so that all have about the same number of tokens to read."""
-    context, tokens = batch.context_lens, sum(batch.context_lens[i] for i in batch.decodes)
-    count = min(torch.get_num_threads(), len(batch.decodes), 1 + tokens * token_bytes // WORTH_A_THREAD)
-    order, turn = sorted(batch.decodes, key=lambda i: -context[i]), 2 * count
-    return [order[k::turn] + order[turn - 1 - k::turn] for k in range(count)]  # there and back: 0 1 2 2 1 0 0 …
+def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[tuple[int, int, int, int]]]:
+    """What each thread reads, about as many tokens as the others: pieces of sequences, as `decode` takes them. Where a
+    share ends, the sequence is cut."""
+    lengths = [batch.context_lens[i] for i in batch.decodes]
+    count = min(torch.get_num_threads(), 1 + sum(lengths) * token_bytes // WORTH_A_THREAD)
+    size = -(-sum(lengths) // count)  # tokens of a share; where it ends is rounded up to a register of scores
+    shares: list[list[tuple[int, int, int, int]]] = [[] for _ in range(count)]
+    for i, length, before in zip(batch.decodes, lengths, accumulate(lengths, initial=0)):
+        for share in range(before // size, (before + length) // size + 1):
+            first, end = (-(-max(0, turn * size - before) // LANES) * LANES for turn in (share, share + 1))
+            if first < min(length, end):
+                shares[share].append((i, batch.starts[i], first, min(length, end)))
+    return shares
 
 
 @cache
 def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
-    """`decode` in threads, for a cache of this type: what takes an iteration's numbers, each thread its share."""
+    """`decode` in threads, each its share, and then `merge`; takes an iteration's numbers."""
     element, sources = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], edition()
 
     def share(address: int, step: int, part: int, parts: int) -> None:
-        """One thread's sequences; the order of the numbers is that of `_numbers`."""
+        """One thread's pieces, or heads; the order of the numbers is that of `_numbers`."""
         sources  # see `edition`
         n = numbers_at(address)
-        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[10:18]
-        row = max(n[8], heads * head_dim)  # a single row may say anything of where the next one begins
-        query = carray(pointer(n[4]), (tokens, row), element)
-        output = carray(pointer(n[5]), (tokens, heads, head_dim), element)
+        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[11:19]
+        pieces, cuts = n[22 + n[0]:].reshape(n[20], 4), n[21:]
+        partials = carray(pointer(n[10]), (n[20], heads * (head_dim + 2)), np.float32)
+        # A single row may say anything of where the next one begins.
+        query = carray(pointer(n[4]), (tokens, max(n[8], heads * head_dim)), element)
         keys = carray(pointer(n[6]), (blocks * block_size, kv_heads, head_dim), element)
         values = carray(pointer(n[7]), (blocks * block_size, kv_heads, head_dim), element)
         block_tables = carray(pointer(n[9]), (sequences, longest), np.int64)
-        starts, context_lens, cuts = n[19:], n[20 + sequences:], n[20 + 2 * sequences:]
-        for one in range(part, n[0], parts):
-            decode(query, keys, values, block_size, cuts[n[0] + 1:][cuts[one]:cuts[one + 1]], starts, block_tables,
-                   context_lens, np.float32(n[18:19].view(np.float64)[0]), output)
+        if step:
+            merge(pieces, partials, carray(pointer(n[5]), (tokens, heads, head_dim), element), part, parts)
+        else:
+            for one in range(part, n[0], parts):
+                mine = slice(cuts[one], cuts[one + 1])
+                decode(query, keys, values, block_size, pieces[mine], block_tables,
+                       np.float32(n[19:20].view(np.float64)[0]), partials[mine])
 
     return on_every_thread(share)
 
