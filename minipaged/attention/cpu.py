@@ -70,7 +70,7 @@ def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> n
     if not hasattr(batch, "cpu_numbers"):
         (q, _, keys, _), tables = arrays, batch.block_tables
         shares = _shares(batch, 2 * keys[0, 0].nbytes)
-        batch.cpu_partials = torch.empty(sum(map(len, shares)), q.shape[1] * (q.shape[2] + 2))
+        batch.cpu_partials = torch.empty(sum(map(len, shares)), q.shape[1] * (q.shape[2] + 2), dtype=torch.float32)
         numbers = batch.cpu_numbers = np.array(
             [len(shares), 0, 0, 2, 0, 0, 0, 0, 0, tables.data_ptr(), batch.cpu_partials.data_ptr(), *q.shape,
              *keys.shape[:3], *tables.shape, np.float64(scale).view(np.int64), len(batch.cpu_partials), 0,
