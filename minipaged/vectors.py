@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .products import LANES
+from .products import LANES, fetch
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 
@@ -101,10 +101,8 @@ def weigh(typing_context: Any, a: types.Array, v: types.Array, vectors: types.In
 def prefetch(typing_context: Any, address: types.Integer) -> tuple:
     """In a compiled function: have the line at an address fetched into the second cache, and do not wait."""
     def generate(context: Any, builder: ir.IRBuilder, call: Any, args: tuple) -> Any:
-        """LLVM's instruction for it: to read, for the second cache, data."""
-        values = [builder.inttoptr(args[0], cgutils.voidptr_t), *map(ir.IntType(32), (0, 2, 1))]
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), values)
+        """The instruction for it."""
+        fetch(builder, builder.inttoptr(args[0], cgutils.voidptr_t))
         return context.get_dummy_value()
     return types.void(address), generate
 

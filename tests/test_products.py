@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,10 +195,27 @@ def test_a_processor_with_registers_half_as_wide():
                   **OLDER) == "this processor lacks avx512bf16\n"
 
 
+@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1, 3 * ROWS, 5 * ROWS + 1, 7 * ROWS + 3])
+def test_the_next_panel_is_fetched_meanwhile(rows, monkeypatch):
+    """All of it, once, by the tiles of a panel together; nothing by a tile alone, or behind the thread's last panel."""
+    fetched = []
+    monkeypatch.setattr(products, "finish", lambda *_: None)
+    monkeypatch.setattr(products, "tile_sums", lambda x, panel, sums, ahead: fetched.append(
+        (panel[0, 0], *ahead.flatten()[::COLUMNS])))
+    packed = np.arange(5 * 7 * COLUMNS).reshape(5, 7, COLUMNS)  # a number's value is where it lies
+    products.tiles.py_func(np.zeros((rows, 7)), packed, np.zeros(0), np.zeros((rows, 5 * COLUMNS)), 5 * COLUMNS, 1, 4, 0)
+    tiles = sum(start == packed[1, 0, 0] for start, *_ in fetched)
+    together = tiles // 5 + (tiles % 5 > 1)
+    for panel in 1, 2:
+        of = [n for start, *lines in fetched if start == packed[panel, 0, 0] for n in lines]
+        assert of == together * packed[panel + 1, :, 0].tolist()
+    assert not [lines for start, *lines in fetched if start == packed[3, 0, 0] and lines]
+
+
 @pytest.mark.parametrize("element, product, environment", [
     ("float32", "vfmadd", {}), ("float32", "vfmadd", OLDER), ("uint16", "vdpbf16ps", {})])
 def test_a_tile_stays_in_registers(element, product, environment):
-    """Of every number of rows one loop, with two products for each row, in which nothing is stored."""
+    """Of every number of rows two loops, with two products for each row, in which nothing is stored; one fetches ahead."""
     here(torch.float32 if element == "float32" else torch.bfloat16)
     script = ("from numba import njit, types\nfrom minipaged import compiled, products\n"
               "tiles, kind = njit(**compiled.FAST)(products.tiles.py_func), types.{}\n"
@@ -206,7 +224,8 @@ def test_a_tile_stays_in_registers(element, product, environment):
     rows, assembly = python(script.format(element), **environment).split(maxsplit=1)
     loops = [body for _, body in re.findall(r"^(\.L\w+):\n((?:(?!^\.L\w+:).*\n)*?\s+j\w+\s+\1\n)", assembly, re.M)]
     loops = [body for body in loops if "APP" in body]
-    assert sorted(body.count(product) for body in loops) == [2 * count for count in range(1, int(rows) + 1)]
+    assert sorted((body.count(product), body.count("prefetch")) for body in loops) == [
+        (2 * count, fetched) for count in range(1, int(rows) + 1) for fetched in range(2)]
     assert not [line for body in loops for line in body.splitlines() if re.search(r"\tv?mov\w+\s+%\S+, .*\(", line)]
 
 
