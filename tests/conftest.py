@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MINIPAGED_AUDIT", "1")
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs behind & ignores it, and tests send it
 
 from minipaged import EngineConfig
 from models import make_checkpoint
