@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 from .attention import eager, plain, write
@@ -29,6 +30,8 @@ class Backend:
         The contract of `minipaged.attention`.
     moves : BlockMoves
         What copies and swaps blocks.
+    works : Callable or None
+        Of all layers at once, for a batch without prompts; see `minipaged.attention.cpu.works`.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Backend:
     write: Callable[..., None]
     attend: Callable[..., torch.Tensor]
     moves: BlockMoves = PLAIN
+    works: Callable[..., np.ndarray] | None = None
 
 
 def choose_backend(name: str, device: torch.device, head_dim: int, dtype: torch.dtype, block_size: int) -> Backend:
@@ -79,7 +83,7 @@ def _linears_problem(model: torch.nn.Module) -> str | None:
     return next(filter(None, map(problem, weights)), None)
 
 
-def _functions(name: str) -> tuple[Callable[..., None], Callable[..., torch.Tensor], BlockMoves]:
+def _functions(name: str) -> tuple:
     """What a backend consists of; what its compiler needs is imported here, only where it is used."""
     if name == "triton":
         from .attention import triton_blocks, triton_kernels
@@ -88,7 +92,7 @@ def _functions(name: str) -> tuple[Callable[..., None], Callable[..., torch.Tens
     if name == "cpu":
         from .attention import cpu
 
-        return cpu.write, cpu.attend, PLAIN
+        return cpu.write, cpu.attend, PLAIN, cpu.works
     return write, {"eager": eager.attend, "torch": plain.attend}[name], PLAIN
 
 

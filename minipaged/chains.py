@@ -9,15 +9,15 @@ a Zen 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from numba import carray
+from numba.core.ccallback import CFunc
 
-from .compiled import bits_of, compiled, edition, number, numbers_at, on_every_thread, pointer
+from .compiled import bits_of, compiled, edition, machine_code, number, numbers_at, pointer, work
 from .products import COLUMNS, NORM, ROWS, STORE, tiles
 
 WORTH_A_THREAD = 1 << 19  # bytes of weights, multiplied by a tile in the time that it takes to wake another thread
@@ -67,17 +67,18 @@ class Chain:
 
     Parameters
     ----------
-    steps : list[Step]
-        Of one type of numbers.
+    sections : list[Step]
+        Of one type of numbers. Between one section and the next, others may have their turn.
     """
 
-    def __init__(self, steps: list[Step]) -> None:
-        self.steps, self.numbers = steps, np.array([step.numbers for step in steps])
-        self.bytes = sum(step.weight.nbytes for step in steps)
-        self._run, self._address = _run(steps[0].weight.dtype), self.numbers.ctypes.data
+    def __init__(self, *sections: list[Step]) -> None:
+        self.sections, code = sections, _code(sections[0][0].weight.dtype)
+        self.numbers = [np.array([step.numbers for step in steps]) for steps in sections]
+        self.bytes = np.array([sum(step.weight.nbytes for step in steps) for steps in sections])
+        self._works = np.concatenate([work(code, 1, len(numbers), numbers.ctypes.data) for numbers in self.numbers])
 
-    def run(self, *buffers: torch.Tensor) -> None:
-        """Compute all steps.
+    def works(self, *buffers: torch.Tensor) -> np.ndarray:
+        """What `minipaged.compiled.run` takes to compute each section, an int64 array [sections, WORK].
 
         Parameters
         ----------
@@ -85,15 +86,16 @@ class Chain:
             What `Step.source` and `Step.target` count in, of the weights' type. The numbers of a row lie side by side.
             Results are rounded once to that type; with ``ADD`` the product is, and then the sum.
         """
-        rows = len(buffers[0])
-        parts = min(torch.get_num_threads(), 1 + self.bytes * -(-rows // ROWS) // WORTH_A_THREAD)
-        self._run(np.array([parts, 6 + 2 * len(buffers), 0, len(self.steps), self._address, rows,
-                            *(number for buffer in buffers for number in (buffer.data_ptr(), buffer.stride(0)))]))
+        rows, works = buffers[0].shape[0], self._works.copy()
+        works[:, 0] = np.minimum(torch.get_num_threads(), 1 + self.bytes * -(-rows // ROWS) // WORTH_A_THREAD)
+        works[:, 5:6 + 2 * len(buffers)] = rows, *(number for buffer in buffers
+                                                   for number in (buffer.data_ptr(), buffer.stride(0)))
+        return works
 
 
 @cache
-def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
-    """The steps of a chain in threads: takes the numbers that `Chain.run` makes."""
+def _code(dtype: torch.dtype) -> CFunc:
+    """A chain's steps; the order of the numbers is that of `Chain.works`."""
     element, together = {torch.float32: (np.float32, 1), torch.bfloat16: (np.uint16, 2)}[dtype]
     sources = edition()
 
@@ -116,7 +118,7 @@ def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
             packed = carray(pointer(weight), (panels, inputs // together, COLUMNS * together), element)
             tiles(x, packed, offsets, out, outputs, part * panels // parts, (part + 1) * panels // parts, then)
 
-    return on_every_thread(share)
+    return machine_code(share)
 
 
 @compiled

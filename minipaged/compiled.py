@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.ccallback import CFunc
 from numba.core.cgutils import voidptr_t
 from numba.core.typing import signature
 from numba.extending import intrinsic, overload
@@ -34,11 +35,13 @@ from numba.extending import intrinsic, overload
 if TYPE_CHECKING:
     from numba.core.dispatcher import Dispatcher
 
+WORK = 24  # numbers that say what to do
+_PART = ctypes.CFUNCTYPE(None, *4 * [ctypes.c_int64])
 FAST = dict(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order, several at a time; infinities stay
 
 
 def compiled(function: Callable[..., Any]) -> "Dispatcher":
-    """Compiled once for each type that it meets, within the function of `on_every_thread` that calls it."""
+    """Compiled once for each type that it meets, within the `machine_code` that calls it."""
     return njit(**FAST)(function)
 
 
@@ -115,59 +118,78 @@ def _call(typing_context: Any, function: types.Integer, address: types.Integer, 
 
 @njit
 def numbers_at(address: int) -> np.ndarray:
-    """In a compiled function: the int64 array at an address, of which the second number is its length."""
-    return carray(pointer(address), carray(pointer(address), 2, np.int64)[1], np.int64)
+    """In a compiled function: the numbers of the work at an address."""
+    return carray(pointer(address), WORK, np.int64)
 
 
-def on_every_thread(work: Callable[[int, int, int, int], None]) -> Callable[[np.ndarray], None]:
-    """Makes ``run(numbers)`` of a function that can be compiled.
+def machine_code(part_of_work: Callable[[int, int, int, int], None]) -> CFunc:
+    """Compiles what does a part of a work.
 
     Parameters
     ----------
-    work : Callable
-        ``work(address, step, part, parts)`` gets where the numbers are, for `numbers_at`, which step of the work to do,
-        and which part of it, of how many: not more than were asked for. It is kept on disk for the next process where
-        that is allowed, so it names the `edition` of what it calls.
-
-    Returns
-    -------
-    Callable
-        Takes an int64 array of which the first is the number of parts, the second the array's length, the third is set
-        here, and the fourth is the number of steps; runs all parts of a step, each in a thread of its own, before any
-        part of the next, and returns when they are done.
+    part_of_work : Callable
+        ``part_of_work(address, step, part, parts)`` gets where the numbers of the work are, for `numbers_at`, which of
+        its steps to do, and which part of that, of how many: not more than were asked for. It is kept on disk for the
+        next process where that is allowed, so it names the `edition` of what it calls.
     """
     kind = types.void(*4 * [types.int64])
     try:
-        one = cfunc(kind, cache=True, **FAST)(work)
+        return cfunc(kind, cache=True, **FAST)(part_of_work)
     except RuntimeError:  # neither the package's folder nor the user's takes files
-        one = cfunc(kind, **FAST)(work)
-    library = gnu_openmp()
-    if library is None:
-        return lambda numbers: _in_threads(one.ctypes, numbers.ctypes.data, numbers[3], numbers[0])
-    begin, member = library.GOMP_parallel, _member().address  # (function, its argument, threads, flags)
-    begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return cfunc(kind, **FAST)(part_of_work)
 
-    def run(numbers: np.ndarray) -> None:
-        """All parts on PyTorch's threads."""
-        numbers[2] = one.address
-        begin(member, numbers.ctypes.data, numbers[0], 0)
-    return run
+
+def work(code: CFunc, parts: int, steps: int, *numbers: int) -> np.ndarray:
+    """What `run` takes: an int64 array [1, WORK] of the number of parts, one that `run` sets, the code's address, the
+    number of steps, and further numbers for the code, in this order."""
+    row = np.zeros((1, WORK), np.int64)
+    row[0, :4 + len(numbers)] = parts, 0, code.address, steps, *numbers
+    return row
+
+
+def run(works: np.ndarray) -> None:
+    """Do works one behind the other, in one parallel region, and return when all are done: all parts of a step, each in
+    a thread of its own, before any part of the next.
+
+    Parameters
+    ----------
+    works : int64 array [works, WORK]
+        Rows as `work` makes them.
+    """
+    if gnu_openmp() is None:
+        for one in works:
+            _in_threads(one)
+    else:
+        works[0, 1] = len(works)
+        _begin()(_member().address, works.ctypes.data, works[:, 0].max(), 0)
 
 
 @cache
-def _member() -> Any:
-    """What each thread of a team does, compiled: a part of each step of the work that the numbers name."""
+def _begin() -> Any:
+    """What begins a parallel region: of a function, its argument, threads, and flags."""
+    begin = gnu_openmp().GOMP_parallel
+    begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return begin
+
+
+@cache
+def _member() -> CFunc:
+    """What each thread of a team does, compiled: its part of each step of the works."""
     thread, threads = (_symbol(f"omp_get_{name}", types.int32) for name in ("thread_num", "num_threads"))
     wait_for_all = _symbol("GOMP_barrier", types.void)
 
     @cfunc(types.void(types.int64))
     def member(address: int) -> None:
-        """The part of this thread's number, of as many as the team has threads."""
-        numbers = numbers_at(address)
-        for step in range(numbers[3]):
-            if step:
-                wait_for_all()
-            _call(numbers[2], address, step, thread(), threads())
+        """The part of this thread's number, of as many as there are, but not more than the team has threads."""
+        for index in range(numbers_at(address)[1]):
+            one = address + index * 8 * WORK
+            numbers = numbers_at(one)
+            parts = min(numbers[0], np.int64(threads()))
+            for step in range(numbers[3]):
+                if index or step:
+                    wait_for_all()
+                if thread() < parts:
+                    _call(numbers[2], one, step, thread(), parts)
     return member
 
 
@@ -178,11 +200,13 @@ def _symbol(name: str, returns: types.Type) -> types.ExternalFunction:
     return types.ExternalFunction(unique, signature(returns))
 
 
-def _in_threads(one: Callable[[int, int, int, int], None], address: int, steps: int, parts: int) -> None:
-    """Run all parts of each step on Python's threads, of which one is this."""
-    for step in range(steps):
-        others = [_threads(parts - 1).submit(one, address, step, part, parts) for part in range(1, parts)]
-        one(address, step, 0, parts)
+def _in_threads(numbers: np.ndarray) -> None:
+    """Do a work on Python's threads, of which one is this."""
+    part_of_work, parts = _PART(int(numbers[2])), int(numbers[0])
+    for step in range(numbers[3]):
+        given = [(numbers.ctypes.data, step, part, parts) for part in range(parts)]
+        others = [_threads(parts - 1).submit(part_of_work, *each) for each in given[1:]]
+        part_of_work(*given[0])
         for other in others:
             other.result()
 

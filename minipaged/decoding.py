@@ -13,10 +13,65 @@ from memory, 32 sequences of 512 tokens, ns a token and head on one core of a Ze
 
 from __future__ import annotations
 
-import numpy as np
+from functools import cache
 
-from .compiled import bits_of, compiled, exp, number
-from .vectors import LANES, dots, prefetch, weigh
+import numpy as np
+import torch
+from numba import carray
+from numba.core.ccallback import CFunc
+
+from .compiled import bits_of, compiled, edition, exp, machine_code, number, numbers_at, pointer
+from .products import prefetch
+from .vectors import LANES, dots, weigh
+
+
+@cache
+def attending(dtype: torch.dtype) -> CFunc:
+    """`decode` in threads, each its share, and then `merge`; the order of the numbers is that of `cpu._attending`."""
+    element, sources = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], edition()
+
+    def share(address: int, step: int, part: int, parts: int) -> None:
+        """One thread's pieces, or heads."""
+        sources  # see `edition`
+        n = numbers_at(address)
+        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[11:19]
+        shares = carray(pointer(n[22]), n[21] + 1 + 4 * n[20], np.int64)
+        pieces = shares[n[21] + 1:].reshape(n[20], 4)
+        partials = carray(pointer(n[10]), (n[20], heads * (head_dim + 2)), np.float32)
+        # A single row may say anything of where the next one begins.
+        query = carray(pointer(n[4]), (tokens, max(n[8], heads * head_dim)), element)
+        keys = carray(pointer(n[6]), (blocks * block_size, kv_heads, head_dim), element)
+        values = carray(pointer(n[7]), (blocks * block_size, kv_heads, head_dim), element)
+        block_tables = carray(pointer(n[9]), (sequences, longest), np.int64)
+        if step:
+            merge(pieces, partials, carray(pointer(n[5]), (tokens, heads, head_dim), element), part, parts)
+        else:
+            for one in range(part, n[21], parts):
+                mine = slice(shares[one], shares[one + 1])
+                decode(query, keys, values, block_size, pieces[mine], block_tables,
+                       np.float32(n[19:20].view(np.float64)[0]), partials[mine])
+
+    return machine_code(share)
+
+
+@cache
+def writing() -> CFunc:
+    """Rows of keys and values into their slots; the order of the numbers is that of `cpu._writing`."""
+    sources = edition()
+
+    def copy(address: int, step: int, part: int, parts: int) -> None:
+        """One thread's rows."""
+        sources  # see `edition`
+        n = numbers_at(address)
+        slots, rows = carray(pointer(n[8]), n[10], np.int64), carray(pointer(n[9]), n[10], np.int64)
+        for i in range(part * n[10] // parts, (part + 1) * n[10] // parts):
+            for k in range(2):
+                source = carray(pointer(n[4 + k] + (rows[i] if n[9] else i) * n[11 + k]), n[13], np.uint8)
+                target = carray(pointer(n[6 + k] + slots[i] * n[13]), n[13], np.uint8)
+                for byte in range(n[13]):
+                    target[byte] = source[byte]
+
+    return machine_code(copy)
 
 
 @compiled
@@ -115,9 +170,9 @@ def add_tokens(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, larges
     rest = range(vectors * 4 * LANES // k.itemsize, head_dim)
     a = np.empty(LANES, np.float32)  # a head's scores, then their exponentials
     for h in range(heads):
-        _fetch(k_ahead, 2 * h, 2 * heads)
+        prefetch(k_ahead, 2 * h, 2 * heads)
         dots(q[h], k[:, h // group], vectors, a)
-        _fetch(k_ahead, 2 * h + 1, 2 * heads)
+        prefetch(k_ahead, 2 * h + 1, 2 * heads)
         new_largest, added = largest[h], np.float32(0)
         for t in range(LANES):
             for d in rest:
@@ -132,16 +187,9 @@ def add_tokens(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, larges
         largest[h], total[h] = new_largest, total[h] * shrink + added
         for d in range(head_dim):
             o[h, d] *= shrink
-        _fetch(v_ahead, 2 * h, 2 * heads)
+        prefetch(v_ahead, 2 * h, 2 * heads)
         weigh(a, v[:, h // group], vectors, o[h])
-        _fetch(v_ahead, 2 * h + 1, 2 * heads)
+        prefetch(v_ahead, 2 * h + 1, 2 * heads)
         for t in range(len(v)):
             for d in rest:
                 o[h, d] += a[t] * number(v[t, h // group, d])
-
-
-@compiled
-def _fetch(array: np.ndarray, part: int, parts: int) -> None:
-    """Have the processor fetch a part of an array's memory."""
-    for line in range(part * array.nbytes // parts, (part + 1) * array.nbytes // parts, 64):
-        prefetch(array.ctypes.data + line)

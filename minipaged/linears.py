@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
 from . import attention
 from .chains import Chain, Step
+from .compiled import run
 from .products import ADD, NORM, RELU, STORE, pack
 
 if TYPE_CHECKING:
@@ -57,16 +59,18 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x times the weight, plus the bias."""
         rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
         out = buffer(rows, self.out_features)
-        self.chain.run(rows if rows.stride(1) == 1 else rows.contiguous(), out)
+        run(self.chain.works(rows, out))
         return out.view(*x.shape[:-1], -1)
 
 
 class PackedDecoder(nn.Module):
     """Takes the place of transformers' `OPTDecoder`, which asks at each call about masks, caches and training.
 
-    Between the attention of one layer and that of the next lies a chain of products and norms: queries, keys and values
-    are one product of three times the width, and ReLU and the residual are applied while a product is at hand.
+    Between the attention of one layer and that of the next lies a section of products and norms: queries, keys and values
+    are one product of three times the width, and ReLU and the residual are applied while a product is at hand. An
+    iteration without prompts is one call for all layers, where the backend's attention can be a part of it.
 
     Parameters
     ----------
@@ -77,15 +81,15 @@ class PackedDecoder(nn.Module):
     def __init__(self, decoder: "OPTDecoder") -> None:
         super().__init__()
         self.embed_tokens, self.embed_positions = decoder.embed_tokens, decoder.embed_positions
-        self.chains, steps = [], []
+        sections, steps = [], []
         for index, layer in enumerate(decoder.layers):
             of = layer.self_attn
             steps += [norm(layer.self_attn_layer_norm), product(NORMED, QKV, of.q_proj, of.k_proj, of.v_proj)]
-            self.chains.append(Chain(steps))
+            sections.append(steps)
             steps = [product(ATTENDED, HIDDEN, of.out_proj, then=ADD), norm(layer.final_layer_norm),
                      product(NORMED, INNER, layer.fc1, then=RELU), product(INNER, HIDDEN, layer.fc2, then=ADD)]
             decoder.layers[index] = nn.Identity()  # its weights are given back
-        self.chains.append(Chain(steps + [norm(decoder.final_layer_norm)]))
+        self.chain = Chain(*sections, [*steps, norm(decoder.final_layer_norm)])
         self.heads, self.scale, self.inner = (3, of.num_heads, of.head_dim), of.scaling, layer.fc1.out_features
 
     @staticmethod
@@ -105,11 +109,17 @@ class PackedDecoder(nn.Module):
         hidden = (self.embed_tokens(input_ids) + self.embed_positions(None, position_ids=position_ids))[0]
         width = hidden.shape[1]
         buffers = [hidden, *(buffer(hidden, numbers) for numbers in (width, 3 * width, self.inner))]
+        buffers.append(torch.empty_like(hidden))
         query, key, value = buffers[QKV].unflatten(1, self.heads).unbind(1)
-        self.chains[0].run(*buffers)
-        for layer, chain in enumerate(self.chains[1:]):
-            attended = attention.write_and_attend(layer, query, key, value, paged_batch, self.scale)
-            chain.run(*buffers, attended.view(hidden.shape))
+        attended, works = buffers[ATTENDED].view(query.shape), self.chain.works(*buffers)
+        if not paged_batch.prompts and paged_batch.backend.works:
+            between = paged_batch.backend.works(query, key, value, attended, paged_batch, self.scale)
+            run(np.concatenate([*np.concatenate([works[:-1, None], between], axis=1), works[-1:]]))
+        else:
+            for layer in range(len(works) - 1):
+                run(works[layer:layer + 1])
+                attended.copy_(attention.write_and_attend(layer, query, key, value, paged_batch, self.scale))
+            run(works[-1:])
         return BaseModelOutputWithPast(buffers[NORMED][None])
 
 

@@ -82,8 +82,8 @@ def tiles(x: np.ndarray, packed: np.ndarray, bias: np.ndarray, out: np.ndarray, 
           then: int) -> None:
     """out [rows, outputs and more] = x [rows, inputs and more] times a packed weight, plus a bias, or none, which is
     empty: the panels from ``first`` up to ``end``, tile by tile. Five tiles of rows, about equally high, take a panel in
-    turn, while it is in the processor's cache; meanwhile each has its share of the next one fetched. For a tile alone
-    memory is all that counts, and the processor fetches ahead by itself."""
+    turn, while it is in the processor's cache; meanwhile each has its share of the next one fetched, and the lines that
+    its sums go to. For a tile alone memory is all that counts, and the processor fetches weights ahead by itself."""
     sums, count = np.empty((ROWS, COLUMNS), np.float32), (len(x) + ROWS - 1) // ROWS
     height, steps = (len(x) + count - 1) // count, packed.shape[1]
     for block in range(0, len(x), 5 * height):
@@ -95,25 +95,48 @@ def tiles(x: np.ndarray, packed: np.ndarray, bias: np.ndarray, out: np.ndarray, 
                 row = block + turn * height
                 rows = x[row:min(row + height, len(x))]
                 ahead = packed[min(panel + 1, end - 1), turn * fetched // turns:(turn + 1) * fetched // turns]
+                target = out[row:row + len(rows)]
+                for r in range(len(target)):
+                    prefetch(target[r, columns], 0, 1)
                 tile_sums(rows, packed[panel], sums, ahead)
-                for r in range(len(rows)):
-                    finish(sums[r], bias[columns], out[row + r, columns], then)
+                finish(sums, bias[columns], target, columns, then)
 
 
 @compiled
-def finish(sums: np.ndarray, bias: np.ndarray, out: np.ndarray, then: int) -> None:
-    """A row of a tile's sums, at least as many as there are outputs, becomes what is asked for. One loop for each thing
-    to do: in one for all, numbers would not be taken several at a time."""
-    for c in range(len(bias)):
-        sums[c] += number(bias[c])
+def finish(sums: np.ndarray, bias: np.ndarray, out: np.ndarray, columns: slice, then: int) -> None:
+    """A tile's sums, at least as many columns as there are outputs, become what is asked for, in some columns of its
+    rows. One loop for each thing to do: in one for all, numbers would not be taken several at a time."""
+    for r in range(len(out)):
+        for c in range(len(bias)):
+            sums[r, c] += number(bias[c])
     if then == RELU:
-        for c in range(len(out)):
-            sums[c] = np.float32(0) if sums[c] < 0 else sums[c]  # what is not a number stays
-    if then == ADD:
-        for c in range(len(out)):
-            sums[c] = number(bits_of(sums[c], out)) + number(out[c])
-    for c in range(len(out)):
-        out[c] = bits_of(sums[c], out)
+        for r in range(len(out)):
+            for c in range(COLUMNS):
+                sums[r, c] = np.float32(0) if sums[r, c] < 0 else sums[r, c]  # what is not a number stays
+    for r in range(len(out)):
+        row = out[r, columns]
+        if then == ADD:
+            for c in range(len(row)):
+                sums[r, c] = number(bits_of(sums[r, c], row)) + number(row[c])
+        for c in range(len(row)):
+            row[c] = bits_of(sums[r, c], row)
+
+
+@compiled
+def prefetch(array: np.ndarray, part: int, parts: int) -> None:
+    """Have the processor fetch a part of an array's memory."""
+    for line in range(part * array.nbytes // parts, (part + 1) * array.nbytes // parts, 64):
+        fetch_line(array.ctypes.data + line)
+
+
+@intrinsic
+def fetch_line(typing_context: Any, address: types.Integer) -> tuple:
+    """In a compiled function: have the line at an address fetched into the second cache, and do not wait."""
+    def generate(context: Any, builder: ir.IRBuilder, call: Any, args: tuple) -> Any:
+        """The instruction for it."""
+        fetch(builder, builder.inttoptr(args[0], cgutils.voidptr_t))
+        return context.get_dummy_value()
+    return types.void(address), generate
 
 
 class _BFloat16(ir.Type):

@@ -1,4 +1,4 @@
-"""What the CPU's attention does with vectors, in LLVM's language: sums of products, and fetching ahead.
+"""What the CPU's attention does with vectors, in LLVM's language: sums of products.
 
 Of a loop over bfloat16 a compiler makes vectors by widening each number to a word of its own, and it adds up every dot
 product by itself; that is where most of the time went. Here a word of two bfloat16 is shifted for the one and masked for
@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .products import LANES, fetch
+from .products import LANES
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 
@@ -95,16 +95,6 @@ def weigh(typing_context: Any, a: types.Array, v: types.Array, vectors: types.In
                 builder.store(_choose(builder, after, order[part * LANES:][:LANES]), place, align=4)
         return context.get_dummy_value()
     return types.void(a, v, vectors, o), generate
-
-
-@intrinsic
-def prefetch(typing_context: Any, address: types.Integer) -> tuple:
-    """In a compiled function: have the line at an address fetched into the second cache, and do not wait."""
-    def generate(context: Any, builder: ir.IRBuilder, call: Any, args: tuple) -> Any:
-        """The instruction for it."""
-        fetch(builder, builder.inttoptr(args[0], cgutils.voidptr_t))
-        return context.get_dummy_value()
-    return types.void(address), generate
 
 
 def _arrays(context: Any, builder: ir.IRBuilder, call: Any, args: tuple) -> list[Any]:

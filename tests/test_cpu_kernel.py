@@ -210,12 +210,8 @@ def test_withoutgnu_openmp_pythons_threads_do_the_work(dtype, every_thread, monk
     seen = []
     in_threads = compiled._in_threads
     monkeypatch.setattr(compiled, "gnu_openmp", lambda: None)
-    monkeypatch.setattr(compiled, "_in_threads", lambda *args: seen.append(args[-1]) or in_threads(*args))
-    cpu._run.cache_clear()
-    try:
-        check([1, 1, 5, 1, 1], [100, 10, 9, 60, 55], dtype=dtype)
-    finally:
-        cpu._run.cache_clear()
+    monkeypatch.setattr(compiled, "_in_threads", lambda numbers: seen.append(numbers[0]) or in_threads(numbers))
+    check([1, 1, 5, 1, 1], [100, 10, 9, 60, 55], dtype=dtype)
     assert seen == [3]
 
 
@@ -271,10 +267,9 @@ def test_where_no_folder_takes_files(tmp_path):
     """As in a read-only installation without a home: compiled anew in each process, but it runs."""
     script = ("import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
               "import sys; sys.path.insert(0, sys.argv[1])\n"
-              "import test_cpu_kernel; test_cpu_kernel.check([1], [20]); "
-              "from minipaged.attention import cpu\n"
-              "cells = [cell.cell_contents for cell in cpu._run(test_cpu_kernel.DTYPES[0]).__closure__]\n"
-              "print(*[type(cell._cache).__name__ for cell in cells if hasattr(cell, '_cache')][-1:])")
+              "import test_cpu_kernel; test_cpu_kernel.check([1], [20])\n"
+              "from minipaged import decoding\n"
+              "print(type(decoding.attending(test_cpu_kernel.DTYPES[0])._cache).__name__)")
     run = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True,
                          env=os.environ | {"NUMBA_CACHE_DIR": ""}, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from minipaged import LLM, Trace, backends, linears, products
+from minipaged import LLM, SamplingParams, Trace, backends, compiled, linears, products
 from minipaged.backends import choose_linears
 from minipaged.linears import PackedLinear
 
+BATCH = SimpleNamespace(prompts=[0])
 DTYPES = [pytest.param(dtype, marks=pytest.mark.skipif(bool(problem), reason=str(problem)))
           for dtype in (torch.float32, torch.bfloat16)
           if (problem := products.problem(torch.zeros(2, 2, dtype=dtype))) or True]
@@ -89,15 +92,31 @@ def test_opts_decoder_computes_what_transformers_does(bias, dtype, monkeypatch):
     assert [weight() for weight in weights] == [None, None], "weights live on beside their copies"
     assert not any(type(module) is nn.Linear for module in model.modules())
     monkeypatch.setattr(linears.attention, "write_and_attend", causal)
-    got = model(ids, position_ids=torch.arange(16)[None], use_cache=False, paged_batch="batch").logits
+    got = model(ids, position_ids=torch.arange(16)[None], use_cache=False, paged_batch=BATCH).logits
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
-def causal(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: str,
+@packs
+def test_an_iteration_without_prompts_is_one_call(monkeypatch):
+    """And the output layer's; a prompt's attention is PyTorch's, so that each layer is a call there. Same tokens."""
+    calls, params = [], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    monkeypatch.setattr(linears, "run", lambda works: calls.append(len(works)) or compiled.run(works))
+    prompts = [[10, 11, 12, 13], [14, 15, 16]]
+    with LLM("tiny-opt", num_gpu_blocks_override=8, device="cpu") as llm:
+        layers, runner = llm.engine.runner.hf_config.num_hidden_layers, llm.engine.runner
+        together = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        each = (layers + 2) * [1]
+        assert calls == each + 5 * [3 * layers + 1, 1]
+        runner.backend = replace(runner.backend, works=None)
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == together
+        assert calls[len(each) + 10:] == 6 * each
+
+
+def causal(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: object,
            scale: float) -> torch.Tensor:
     """Attention of one sequence that begins with these tokens; each tensor [tokens, heads, head_dim]."""
-    assert batch == "batch" and layer in (0, 1)
+    assert batch is BATCH and layer in (0, 1)
     heads_first = (x.transpose(0, 1) for x in (query, key, value))
     out = nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale)
     return out.transpose(0, 1).contiguous()

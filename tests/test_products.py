@@ -34,8 +34,13 @@ def here(dtype: torch.dtype) -> None:
         pytest.skip(problem)
 
 
+def compute(chain: Chain, *buffers: torch.Tensor) -> None:
+    """All sections, at once."""
+    compiled.run(chain.works(*buffers))
+
+
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, then: int) -> None:
-    Chain([Step(0, 1, packed, bias, out.shape[1], then)]).run(x, out)
+    compute(Chain([Step(0, 1, packed, bias, out.shape[1], then)]), x, out)
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, before: torch.Tensor,
@@ -83,7 +88,7 @@ def test_a_norm(dtype, width):
         x[0] = 5
         source, target = torch.zeros(2, rows, width + 3, dtype=dtype)
         source[:, :width] = x
-        Chain([Step(0, 1, weight, bias, width, NORM, 1e-3)]).run(source, target)
+        compute(Chain([Step(0, 1, weight, bias, width, NORM, 1e-3)]), source, target)
         want = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-3)
         step = 2.0 ** -7 if dtype == torch.bfloat16 else 2e-5
         torch.testing.assert_close(target[:, :width].double(), want, rtol=step, atol=step)
@@ -102,25 +107,34 @@ def decoder_like(dtype: torch.dtype, rows: int) -> tuple[Chain, list[torch.Tenso
     for _ in range(8):
         inner = torch.nn.functional.linear(torch.layer_norm(want, [3 * COLUMNS], weight, bias, 1e-5), up).relu()
         want = want + torch.nn.functional.linear(inner, down, bias)
-    return Chain(8 * steps), buffers, want
+    return Chain(*4 * [steps], 4 * steps), buffers, want
 
 
 @pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_thread_begins_a_step_before_all_have_done_the_last(dtype, openmp, monkeypatch):
     here(dtype)
-    chains._run.cache_clear()
     if not openmp:
         monkeypatch.setattr(compiled, "gnu_openmp", lambda: None)
-    try:
-        for rows in 1, 2, 3, 5 * ROWS + 1:
-            for _ in range(20):
-                chain, buffers, want = decoder_like(dtype, rows)
-                chain.run(*buffers)
-                step = 0.1 if dtype == torch.bfloat16 else 1e-4
-                torch.testing.assert_close(buffers[0], want, rtol=step, atol=5 * step)
-    finally:
-        chains._run.cache_clear()
+    for rows in 1, 2, 3, 5 * ROWS + 1:
+        for _ in range(20):
+            chain, buffers, want = decoder_like(dtype, rows)
+            compute(chain, *buffers)
+            step = 0.1 if dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(buffers[0], want, rtol=step, atol=5 * step)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_works_that_are_shared_by_fewer_threads_than_others(openmp, monkeypatch):
+    here(torch.float32)
+    if not openmp:
+        monkeypatch.setattr(compiled, "gnu_openmp", lambda: None)
+    for parts in [1, 3, 2, 1, 3], [3, 1, 1, 2, 1], [1, 1, 1, 1, 1]:
+        chain, buffers, want = decoder_like(torch.float32, 7)
+        works = chain.works(*buffers)
+        works[:, 0] = parts
+        compiled.run(works)
+        torch.testing.assert_close(buffers[0], want, rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -135,11 +149,11 @@ def test_little_work_wakes_no_thread(monkeypatch):
     """A weight of a tile of rows; of one row more, which the weight is read a second time for."""
     here(torch.float32)
     parts, weight = [], pack(torch.zeros(8 * COLUMNS, 16))
-    monkeypatch.setattr(chains, "_run", lambda dtype: lambda numbers: parts.append(numbers[0]))
+    monkeypatch.setattr(compiled, "run", lambda works: parts.append(works[0, 0]))
     monkeypatch.setattr(chains, "WORTH_A_THREAD", 2 * weight.nbytes)
     for rows in 1, ROWS, ROWS + 1, 100 * ROWS:
         multiply(torch.zeros(rows, 16), weight, None, torch.zeros(rows, 8 * COLUMNS), STORE)
-    Chain(2 * [Step(0, 1, weight, None, 8 * COLUMNS)]).run(*torch.zeros(2, 1, 8 * COLUMNS))
+    compute(Chain(2 * [Step(0, 1, weight, None, 8 * COLUMNS)]), *torch.zeros(2, 1, 8 * COLUMNS))
     assert parts == [1, 1, 2, 2, 2]
 
 
@@ -233,7 +247,7 @@ def test_numbers_are_known_to_lie_side_by_side(tmp_path):
     """Where a compiler does not know it, it takes them one at a time: a norm of 32 rows took 80 us, 12 when it knew."""
     here(torch.float32)
     assert python("import test_products as tests, torch\nfrom minipaged import chains, products\n"
-                  "chain, buffers, _ = tests.decoder_like(torch.float32, 3)\nchain.run(*buffers)\n"
+                  "chain, buffers, _ = tests.decoder_like(torch.float32, 3)\ntests.compute(chain, *buffers)\n"
                   "for compiled in chains.normalise, products.tiles, products.finish:\n"
                   "    (kinds,) = compiled.signatures\n"
                   "    print(*[kind.layout for kind in kinds if hasattr(kind, 'layout')], sep='')",
@@ -245,9 +259,10 @@ def test_machine_code_on_disk_is_of_these_sources(tmp_path):
     here(torch.float32)
     package = shutil.copytree(Path(products.__file__).parent, tmp_path / "minipaged",
                               ignore=shutil.ignore_patterns("__pycache__"))
-    script = ("import torch; from minipaged.chains import Chain, Step; from minipaged.products import RELU, pack\n"
-              "out = torch.zeros(1, 1)\n"
-              "Chain([Step(0, 1, pack(torch.ones(1, 1)), None, 1, RELU)]).run(-torch.ones(1, 1), out)\nprint(int(out))")
+    script = ("import torch; from minipaged.chains import Chain, Step; from minipaged.compiled import run\n"
+              "from minipaged.products import RELU, pack\nx, out = -torch.ones(1, 1), torch.zeros(1, 1)\n"
+              "chain = Chain([Step(0, 1, pack(torch.ones(1, 1)), None, 1, RELU)])\nrun(chain.works(x, out))\n"
+              "print(int(out))")
 
     def relu_of_minus_one() -> str:
         run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
@@ -258,7 +273,7 @@ def test_machine_code_on_disk_is_of_these_sources(tmp_path):
     assert relu_of_minus_one() == "0"
     assert list(package.rglob("chains*.nbi")), "nothing is kept"
     source = (package / "products.py").read_text(encoding="utf-8")
-    assert source.count("np.float32(0) if sums[c] < 0") == 1
-    (package / "products.py").write_text(source.replace("np.float32(0) if sums[c] < 0", "np.float32(7) if sums[c] < 0"),
+    assert source.count("np.float32(0) if sums[r, c] < 0") == 1
+    (package / "products.py").write_text(source.replace("np.float32(0) if sums[r, c] < 0", "np.float32(7) if sums[r, c] < 0"),
                                          encoding="utf-8")
     assert relu_of_minus_one() == "7"

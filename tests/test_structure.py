@@ -150,7 +150,7 @@ def test_the_core_is_small() -> None:
                      for part in (CORE, LEAVES))
     print(f"core {total} lines of code, leaves {leaves}, longest file {longest} of {sources[longest].count(chr(10))}")
     assert total < 1600
-    assert leaves < 1000  # of which what is written in LLVM's language, the products' loop and attention's, is a fifth
+    assert leaves < 1080  # of which what is written in LLVM's language, the products' loop and attention's, is a fifth
     assert sources[longest].count("\n") <= 300, longest
 
 

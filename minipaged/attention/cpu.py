@@ -14,17 +14,14 @@ heads each, 5.0 ms with half the sequences each, and 7.4 ms with one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numba import carray
 
-from ..compiled import edition, numbers_at, on_every_thread, pointer
-from ..decoding import decode, merge
+from ..compiled import run, work
+from ..decoding import attending, writing
 from ..vectors import LANES
 from . import plain
 
@@ -37,11 +34,8 @@ WORTH_A_THREAD = 1 << 19  # bytes of keys and values, read in the time that it t
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           rows: torch.Tensor | None) -> None:
     """New keys and values into their slots; the contract is that of `minipaged.attention`."""
-    assert key.dtype == value.dtype == keys.dtype, "the cache has the model's type"
-    arrays = [_in_rows(key), _in_rows(value), keys, values]
-    _place()(np.array([1, 14, 0, 1, *(x.data_ptr() for x in arrays), slots.data_ptr(),
-                       0 if rows is None else rows.data_ptr(), len(slots),
-                       *(x.stride(-3) * x.itemsize for x in arrays[:3])]))
+    key, value = _in_rows(key), _in_rows(value)
+    run(_writing(key, value, keys, values, slots, rows))
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: "PagedBatch",
@@ -54,8 +48,31 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch:
         rows = slice(*batch.starts[i:i + 2])
         output[rows] = plain.attend_one(query[rows], keys, values, batch.slots_of(i), scale)
     if batch.decodes:
-        _run(keys.dtype)(_numbers(batch, [query, output, keys, values], scale))
+        run(_attending(batch, query, output, keys, values, scale))
     return output
+
+
+def works(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, batch: "PagedBatch",
+          scale: float) -> np.ndarray:
+    """Of a batch without prompts what `minipaged.compiled.run` takes to write and to attend, in all layers.
+
+    Parameters
+    ----------
+    query, key, value, output, batch, scale
+        As in `minipaged.attention`; the same tensors in each layer.
+
+    Returns
+    -------
+    int64 array [layers, 2 (write, attend), WORK]
+    """
+    keys, values = batch.cache.layers[0]
+    first = np.concatenate([_writing(key, value, keys, values, batch.write_slots, batch.write_rows),
+                            _attending(batch, query, output, keys, values, scale)])
+    first[0, 0] = first[1, 0]  # those that attend are awake
+    layers = np.arange(len(batch.cache.layers))[:, None, None]
+    works = np.repeat(first[None], len(layers), axis=0)
+    works[:, :, 6:8] += layers * batch.cache.data[0].nbytes
+    return works
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
@@ -65,19 +82,28 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
     return x if together else x.contiguous()
 
 
-def _numbers(batch: "PagedBatch", arrays: list[torch.Tensor], scale: float) -> np.ndarray:
-    """What `_run` takes, made at the first layer of an iteration and used in all; the arrays are a layer's own."""
-    if not hasattr(batch, "cpu_numbers"):
-        (q, _, keys, _), tables = arrays, batch.block_tables
+def _writing(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
+             rows: torch.Tensor | None) -> np.ndarray:
+    """The work of `write`: in one thread, as of a token there is far less to write than to read of the weights."""
+    assert key.dtype == value.dtype == keys.dtype, "the cache has the model's type"
+    return work(writing(), 1, 1, *(x.data_ptr() for x in (key, value, keys, values, slots)),
+                0 if rows is None else rows.data_ptr(), len(slots), *(x.stride(-3) * x.itemsize for x in (key, value, keys)))
+
+
+def _attending(batch: "PagedBatch", query: torch.Tensor, output: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               scale: float) -> np.ndarray:
+    """The work of `attend`, made at the first layer of an iteration and used in all; the arrays are a layer's own."""
+    if not hasattr(batch, "cpu_work"):
         shares = _shares(batch, 2 * keys[0, 0].nbytes)
-        batch.cpu_partials = torch.empty(sum(map(len, shares)), q.shape[1] * (q.shape[2] + 2), dtype=torch.float32)
-        numbers = batch.cpu_numbers = np.array(
-            [len(shares), 0, 0, 2, 0, 0, 0, 0, 0, tables.data_ptr(), batch.cpu_partials.data_ptr(), *q.shape,
-             *keys.shape[:3], *tables.shape, np.float64(scale).view(np.int64), len(batch.cpu_partials), 0,
-             *accumulate(map(len, shares)), *chain(*sum(shares, []))])
-        numbers[1] = len(numbers)
-    batch.cpu_numbers[4:9] = [*(array.data_ptr() for array in arrays), arrays[0].stride(0)]
-    return batch.cpu_numbers
+        batch.cpu_shares = np.array([*accumulate(map(len, shares), initial=0), *chain(*sum(shares, []))])
+        pieces = int(batch.cpu_shares[len(shares)])
+        batch.cpu_partials = torch.empty(pieces, query.shape[1] * (query.shape[2] + 2), dtype=torch.float32)
+        batch.cpu_work = work(
+            attending(keys.dtype), len(shares), 2, 0, 0, 0, 0, 0, batch.block_tables.data_ptr(),
+            batch.cpu_partials.data_ptr(), *query.shape, *keys.shape[:3], *batch.block_tables.shape,
+            np.float64(scale).view(np.int64), pieces, len(shares), batch.cpu_shares.ctypes.data)
+    batch.cpu_work[0, 4:9] = [*(array.data_ptr() for array in (query, output, keys, values)), query.stride(0)]
+    return batch.cpu_work
 
 
 def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[tuple[int, int, int, int]]]:
@@ -93,51 +119,3 @@ def _shares(batch: "PagedBatch", token_bytes: int) -> list[list[tuple[int, int, 
             if first < min(length, end):
                 shares[share].append((i, batch.starts[i], first, min(length, end)))
     return shares
-
-
-@cache
-def _run(dtype: torch.dtype) -> Callable[[np.ndarray], None]:
-    """`decode` in threads, each its share, and then `merge`; takes an iteration's numbers."""
-    element, sources = {torch.float32: np.float32, torch.bfloat16: np.uint16}[dtype], edition()
-
-    def share(address: int, step: int, part: int, parts: int) -> None:
-        """One thread's pieces, or heads; the order of the numbers is that of `_numbers`."""
-        sources  # see `edition`
-        n = numbers_at(address)
-        tokens, heads, head_dim, blocks, block_size, kv_heads, sequences, longest = n[11:19]
-        pieces, cuts = n[22 + n[0]:].reshape(n[20], 4), n[21:]
-        partials = carray(pointer(n[10]), (n[20], heads * (head_dim + 2)), np.float32)
-        # A single row may say anything of where the next one begins.
-        query = carray(pointer(n[4]), (tokens, max(n[8], heads * head_dim)), element)
-        keys = carray(pointer(n[6]), (blocks * block_size, kv_heads, head_dim), element)
-        values = carray(pointer(n[7]), (blocks * block_size, kv_heads, head_dim), element)
-        block_tables = carray(pointer(n[9]), (sequences, longest), np.int64)
-        if step:
-            merge(pieces, partials, carray(pointer(n[5]), (tokens, heads, head_dim), element), part, parts)
-        else:
-            for one in range(part, n[0], parts):
-                mine = slice(cuts[one], cuts[one + 1])
-                decode(query, keys, values, block_size, pieces[mine], block_tables,
-                       np.float32(n[19:20].view(np.float64)[0]), partials[mine])
-
-    return on_every_thread(share)
-
-
-@cache
-def _place() -> Callable[[np.ndarray], None]:
-    """What copies the rows of which `write` made the numbers."""
-    sources = edition()
-
-    def copy(address: int, step: int, part: int, parts: int) -> None:
-        """All of them, in one thread: of a token there is far less to write than to read of the weights."""
-        sources  # see `edition`
-        n = numbers_at(address)
-        slots, rows = carray(pointer(n[8]), n[10], np.int64), carray(pointer(n[9]), n[10], np.int64)
-        for i in range(n[10]):
-            for k in range(2):
-                source = carray(pointer(n[4 + k] + (rows[i] if n[9] else i) * n[11 + k]), n[13], np.uint8)
-                target = carray(pointer(n[6 + k] + slots[i] * n[13]), n[13], np.uint8)
-                for byte in range(n[13]):
-                    target[byte] = source[byte]
-
-    return on_every_thread(copy)
