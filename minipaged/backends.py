@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +84,8 @@ def _linears_problem(model: torch.nn.Module) -> str | None:
     return next(filter(None, map(problem, weights)), None)
 
 
-def _functions(name: str) -> tuple:
-    """What a backend consists of; what its compiler needs is imported here, only where it is used."""
+def _functions(name: str) -> tuple[Any, ...]:
+    """What a backend consists of, in the order of its attributes; what its compiler needs is imported here, only where it is used."""
     if name == "triton":
         from .attention import triton_blocks, triton_kernels
 
