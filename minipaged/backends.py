@@ -32,7 +32,7 @@ class Backend:
     moves : BlockMoves
         What copies and swaps blocks.
     works : Callable or None
-        Of all layers at once, for a batch without prompts; see `minipaged.attention.cpu.works`.
+        In the place of both, of all layers at once, for a batch without prompts; see `minipaged.attention.cpu.works`.
     """
 
     name: str
@@ -85,7 +85,8 @@ def _linears_problem(model: torch.nn.Module) -> str | None:
 
 
 def _functions(name: str) -> tuple[Any, ...]:
-    """What a backend consists of, in the order of its attributes; what its compiler needs is imported here, only where it is used."""
+    """What a backend consists of, in the order of its attributes; what its compiler needs is imported here, only where
+    it is used."""
     if name == "triton":
         from .attention import triton_blocks, triton_kernels
 

@@ -3,9 +3,9 @@
 A few rows go through six steps between one attention and the next, and called one by one from Python, some of them cost
 as much to call as to compute. So a chain is laid out once as an array of numbers, and a compiled function goes through
 it: its threads share the panels of a product, or the rows of a norm, and wait for each other before the next step.
-On two cores of a Zen 4 `minipaged bench --pool full --dtype bfloat16` took 8.9 s with a call for each step and 8.2 s with
-one between attentions; one for all layers, attention included, saves about 1 % more, and of a model of 6 layers of width
-256, whose weights are small, 7 to 10 %.
+On two cores of a Zen 4 `minipaged bench --pool full --dtype bfloat16` took 8.9 s with a call for each step and 8.2 s
+with one between attentions; one for all layers, attention included, saves about 1 % more, and of a model of 6 layers of
+width 256, whose weights are small, 7 to 10 %.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _queries(runner: "ModelRunner", token_id: int, position: int,
         return runner.backend.attend(query, *rest)
 
     batch = PagedBatch([1], [position + 1], runner.tensor([table]), runner.tensor([]), runner.tensor([]), runner.cache,
-                       replace(runner.backend, attend=attend))
+                       replace(runner.backend, attend=attend, works=None))
     runner.model(input_ids=runner.tensor([[token_id]]), position_ids=runner.tensor([[position]]), use_cache=False, logits_to_keep=1,
                  paged_batch=batch)
     return found
