@@ -59,7 +59,8 @@ def works(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: t
     Parameters
     ----------
     query, key, value, output, batch, scale
-        As in `minipaged.attention`; the same tensors in each layer.
+        As in `minipaged.attention`; the same tensors in each layer, which must live until the works are done. The
+        heads of a token lie one behind the other.
 
     Returns
     -------
@@ -70,9 +71,9 @@ def works(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: t
                             _attending(batch, query, output, keys, values, scale)])
     first[0, 0] = first[1, 0]  # those that attend are awake
     layers = np.arange(len(batch.cache.layers))[:, None, None]
-    works = np.repeat(first[None], len(layers), axis=0)
-    works[:, :, 6:8] += layers * batch.cache.data[0].nbytes
-    return works
+    of_layers = np.repeat(first[None], len(layers), axis=0)
+    of_layers[:, :, 6:8] += layers * batch.cache.data[0].nbytes  # where its keys and values are
+    return of_layers
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
